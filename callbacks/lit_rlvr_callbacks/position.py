@@ -1,0 +1,63 @@
+"""Shape the advantage by position: what stands near the end of a response learns more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from lit_rlvr.credit import CreditCallback, CreditContext
+from lit_rlvr.reduce import mean
+from lit_rlvr.types import Credit, RolloutBatch
+
+
+class PositionShaping(CreditCallback):
+    """A <- A + sign(A) * min(gamma * sigmoid(slope * (r - centre)), cap * |A|), with r = (t - 1) / L in [0, 1).
+
+    Tokens with A = 0 stay as they are. The paper applies it only at the start of the plateau, in rollout phases with
+    200 < step < 300: use ``first_step: 201, last_step: 299``, or ``stages: [plateau]`` with a stage detector.
+
+    Source: Deng et al. 2025 (arXiv 2508.02260) and its released code.
+
+    Args:
+        gamma: Largest bonus.
+        slope: Steepness k of the sigmoid.
+        centre: Relative position at which the bonus is half of ``gamma``.
+        cap: Largest bonus as a share of the advantage.
+        first_step: First rollout phase to act in.
+        last_step: Last rollout phase to act in; null: no end.
+        stages: Act only in these stages.
+        name: Name in logs and checkpoints.
+
+    Raises:
+        ValueError: For a negative ``gamma`` or ``cap``, or an empty window.
+    """
+
+    def __init__(
+        self,
+        gamma: float = 0.1,
+        slope: float = 15.0,
+        centre: float = 0.5,
+        cap: float = 0.5,
+        first_step: int = 0,
+        last_step: int | None = None,
+        stages: list[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(stages, name)
+        if gamma < 0 or cap < 0:
+            raise ValueError(f"PositionShaping.gamma and cap must be >= 0, got {gamma} and {cap}")
+        if last_step is not None and last_step < first_step:
+            raise ValueError(f"PositionShaping acts from step {first_step} to {last_step}: that window is empty")
+        self.gamma, self.slope, self.centre, self.cap = gamma, slope, centre, cap
+        self.first_step, self.last_step = first_step, last_step
+
+    def assign(self, credit: Credit, rollout: RolloutBatch, ctx: CreditContext) -> Credit:
+        if ctx.step < self.first_step or (self.last_step is not None and ctx.step > self.last_step):
+            return credit
+        advantage, mask = credit.advantage, rollout.response_mask
+        position = torch.arange(mask.shape[1], device=mask.device)[None, :] / rollout.lengths.clamp(min=1)[:, None]
+        bonus = self.gamma * torch.sigmoid(self.slope * (position - self.centre))
+        bonus = torch.minimum(bonus, self.cap * advantage.abs()) * mask
+        ctx.log("bonus", mean(ctx.reduce, bonus, mask))
+        return replace(credit, advantage=advantage + advantage.sign() * bonus)

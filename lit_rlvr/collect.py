@@ -1,0 +1,187 @@
+"""Sampling and verifying the groups of a rollout phase, with dynamic sampling."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_rlvr.engines import Engine, Generation, Sampling
+from lit_rlvr.policy import Policy
+from lit_rlvr.reduce import Reduce
+from lit_rlvr.shaping import DynamicSampling
+from lit_rlvr.tasks import Score
+from lit_rlvr.types import EncodedPrompt, RolloutBatch
+from lit_rlvr.verify import Verifier
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Tally:
+    """What happened while sampling, summed over the rounds of a phase on this rank."""
+
+    sums: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    rounds: int = 0
+
+    def add(self, rollout: RolloutBatch, failures: int) -> None:
+        mask = rollout.response_mask
+        reward = rollout.rewards.double()
+        self.sums.update(
+            responses=len(rollout), tokens=int(mask.sum()), reward=float(reward.sum()),
+            correct=float(rollout.correct.sum()), truncated=int(rollout.truncated.sum()),
+            entropy=float(rollout.entropies[mask].double().sum()), failures=failures,
+        )  # fmt: skip
+        for group in rollout.group.unique():
+            share = float(rollout.correct[rollout.group == group].mean())
+            self.sums.update(groups=1, all_right=share == 1, all_wrong=share == 0)
+
+    def read(self, reduce: Reduce) -> dict[str, float]:
+        """Means over all ranks, as ``rollout/...`` and ``time/...``."""
+        names = ("responses", "tokens", "reward", "correct", "truncated", "entropy", "failures", "groups", "all_right",
+                 "all_wrong")  # fmt: skip
+        total = dict(zip(names, reduce.sum(torch.tensor([float(self.sums[n]) for n in names]).double()).tolist(), strict=True))
+        per_response, per_group = max(total["responses"], 1.0), max(total["groups"], 1.0)
+        metrics = {f"rollout/{n}": total[n] / per_response for n in ("reward", "correct", "truncated")}
+        metrics |= {f"rollout/groups_{n}": total[n] / per_group for n in ("all_right", "all_wrong")}
+        metrics |= {
+            "rollout/length": total["tokens"] / per_response,
+            "rollout/entropy": total["entropy"] / max(total["tokens"], 1.0),
+            "rollout/tokens": total["tokens"],
+            "rollout/prompts": total["groups"],
+            "rollout/verifier_failures": total["failures"],
+            "rollout/rounds": float(self.rounds),
+        }
+        return metrics | {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
+
+
+class Collector:
+    """Samples groups until enough are usable.
+
+    Args:
+        engine: Samples responses.
+        verifier: Scores them.
+        tokenizer: Decodes them.
+        sampling: How they are drawn.
+        samples: Responses per prompt.
+        filter: Dynamic sampling, or None to keep every group.
+        seed: The run's seed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        verifier: Verifier,
+        tokenizer: Any,
+        sampling: Sampling,
+        samples: int,
+        filter: DynamicSampling | None,
+        seed: int,
+    ) -> None:
+        self.engine, self.verifier, self.tokenizer = engine, verifier, tokenizer
+        self.sampling, self.samples, self.filter, self.seed = sampling, samples, filter, seed
+
+    def collect(
+        self,
+        policy: Policy,
+        draw: Callable[[int], list[EncodedPrompt]],
+        wanted: int,
+        phase: int,
+        reduce: Reduce,
+    ) -> tuple[RolloutBatch, Tally]:
+        """Sample this rank's share of a phase.
+
+        Args:
+            policy: The current policy.
+            draw: Gives the next training prompts, the same on every rank.
+            wanted: Usable groups to aim for, over all ranks.
+            phase: Number of the rollout phase.
+            reduce: Counts the usable groups.
+
+        Returns:
+            The usable groups that this rank sampled (on the CPU), and what happened.
+        """
+        tally, kept = Tally(), list[RolloutBatch]()
+        drawn = usable = 0
+        while usable < wanted and tally.rounds < (self.filter.max_rounds if self.filter else 1):
+            prompts = draw(self._ask(wanted - usable, usable, drawn, wanted))
+            mine = [(drawn + i, p) for i, p in enumerate(prompts) if (drawn + i) % reduce.world_size == reduce.rank]
+            drawn += len(prompts)
+            tally.rounds += 1
+            rollout = self.sample(policy, [p for _, p in mine], [d for d, _ in mine], phase, tally)
+            if self.filter is not None:
+                rollout = rollout.rows(self.filter.mixed(rollout.correct, rollout.group).nonzero().squeeze(-1))
+            kept.append(rollout)
+            usable += int(reduce.sum(torch.tensor(len(rollout) // self.samples)))
+        if usable < wanted and reduce.rank == 0:
+            log.info("phase %d: %d of %d groups are neither all right nor all wrong", phase, usable, wanted)
+        return RolloutBatch.concatenate(kept), tally
+
+    def _ask(self, missing: int, usable: int, drawn: int, wanted: int) -> int:
+        """Prompts to draw next: what is missing, at the rate of usable groups so far, and never above a full batch."""
+        if not drawn:
+            return wanted
+        return min(wanted, -(-missing * drawn // max(usable, 1)))
+
+    def sample(
+        self, policy: Policy, prompts: Sequence[EncodedPrompt], draws: Sequence[int], phase: int, tally: Tally
+    ) -> RolloutBatch:
+        """Sample and verify the groups of ``prompts``, which are the phase's ``draws``."""
+        n = self.samples
+        uid = torch.tensor([(phase, d, s) for d in draws for s in range(n)], dtype=torch.int64).view(-1, 3)
+        started = time.perf_counter()
+        out = self.engine.generate(policy, self.tokenizer, [p.tokens for p in prompts], uid, self.sampling, self.seed)
+        tally.seconds["generate"] += time.perf_counter() - started
+        each = tuple(p.prompt for p in prompts for _ in range(n))
+        texts = decode(self.tokenizer, out)
+        started = time.perf_counter()
+        verdicts = self.verifier(each, texts)
+        tally.seconds["verify"] += time.perf_counter() - started
+        rollout = to_rollout(prompts, n, uid, out, verdicts.scores, texts)
+        tally.add(rollout, verdicts.failures.total())
+        return rollout
+
+
+def decode(tokenizer: Any, out: Generation) -> tuple[str, ...]:
+    """The texts of a generation, without special tokens."""
+    lengths = out.mask.sum(-1).tolist()
+    rows = [row[:length] for row, length in zip(out.ids.tolist(), lengths, strict=True)]
+    return tuple(tokenizer.batch_decode(rows, skip_special_tokens=True)) if rows else ()
+
+
+def to_rollout(
+    prompts: Sequence[EncodedPrompt],
+    samples: int,
+    uid: Tensor,
+    out: Generation,
+    scores: Sequence[Score],
+    texts: tuple[str, ...],
+) -> RolloutBatch:
+    """Put the facts of a generation together, on the CPU."""
+    width = max((len(p.tokens) for p in prompts), default=1)
+    lengths = torch.tensor([len(p.tokens) for p in prompts], dtype=torch.int64)
+    ids = torch.tensor([[*p.tokens, *[0] * (width - len(p.tokens))] for p in prompts], dtype=torch.int64).view(-1, width)
+    mask = torch.arange(width)[None, :] < lengths[:, None]
+    logprobs = out.logprobs.float().cpu()
+    return RolloutBatch(
+        prompt_ids=ids.repeat_interleave(samples, 0),
+        prompt_mask=mask.repeat_interleave(samples, 0),
+        response_ids=out.ids.cpu(),
+        response_mask=out.mask.cpu(),
+        old_logprobs=logprobs,
+        entropies=torch.zeros_like(logprobs) if out.entropies is None else out.entropies.float().cpu(),
+        rewards=torch.tensor([s.reward for s in scores], dtype=torch.float32),
+        correct=torch.tensor([float(s.correct) for s in scores], dtype=torch.float32),
+        group=uid[:, 1].clone(),
+        uid=uid,
+        truncated=out.truncated.cpu(),
+        prompts=tuple(p.prompt for p in prompts for _ in range(samples)),
+        texts=texts,
+    )

@@ -1,0 +1,103 @@
+"""The engine protocol and the types around it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lit_rlvr.policy import Policy
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn.
+
+    Args:
+        temperature: Divides the logits; 0 is greedy.
+        max_new_tokens: Longest response, in tokens.
+        top_p: Keep the smallest set of tokens whose probability reaches this; 1 keeps all. Evaluation only.
+        top_k: Keep this many most likely tokens; 0 keeps all. Evaluation only.
+        stop: Strings that end a response once its text contains one of them.
+
+    Raises:
+        ValueError: When a number is out of range.
+    """
+
+    temperature: float = 1.0
+    max_new_tokens: int = 1024
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"sampling temperature must be >= 0, got {self.temperature}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0 (0 keeps all tokens), got {self.top_k}")
+        if "" in self.stop:
+            raise ValueError("an empty stop string would end every response at its first token")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from less than the full distribution."""
+        return self.temperature == 0 or self.top_p < 1 or self.top_k > 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Responses of an engine, one row per (prompt, sample), samples of a prompt side by side.
+
+    Args:
+        ids: Response tokens, the end-of-sequence token included [B, T], padded on the right with 0.
+        mask: True on response tokens [B, T].
+        logprobs: Log-probability of each token under the full distribution at the sampling temperature [B, T].
+        entropies: Entropy of that distribution [B, T], or None where the engine cannot tell.
+        truncated: True where the length limit ended the response [B].
+    """
+
+    ids: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    entropies: Tensor | None
+    truncated: Tensor
+
+
+class Engine(ABC):
+    """Something that samples responses from the current policy."""
+
+    @abstractmethod
+    def exact(self, precision: str) -> bool:
+        """Whether log-probabilities equal those of the training forward to float32 tolerance.
+
+        Args:
+            precision: The Trainer's precision, as in ``32-true``.
+        """
+
+    @abstractmethod
+    def generate(
+        self,
+        policy: Policy,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]],
+        uid: Tensor,
+        sampling: Sampling,
+        seed: int,
+    ) -> Generation:
+        """Sample ``len(uid) / len(prompts)`` responses to each prompt.
+
+        Args:
+            policy: The policy to sample from.
+            tokenizer: Its tokenizer.
+            prompts: Prompt tokens.
+            uid: (phase, draw, sample) of every row [B, 3]; with ``seed`` it fixes the row's random numbers.
+            sampling: Temperature, length and truncation.
+            seed: The run's seed.
+        """

@@ -1,0 +1,85 @@
+"""One pass over the logits gives the next token, its log-probability and the exact entropy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_rlvr.engines.base import Sampling
+
+BLOCK = 256
+
+
+class Drawn(NamedTuple):
+    """Next tokens [n], their log-probabilities [n] and the entropies [n] of the full distribution, in nats."""
+
+    token: Tensor
+    logprob: Tensor
+    entropy: Tensor
+
+
+def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Drawn:
+    """Draw a token per row.
+
+    Log-probability and entropy belong to the full distribution at the sampling temperature (at 1 when greedy), whatever
+    top-p or top-k leave of it.
+
+    Args:
+        logits: Next-token logits [n, V].
+        sampling: Temperature and truncation.
+        uniforms: One number in [0, 1) per row [n], float64; not used when greedy.
+
+    Raises:
+        FloatingPointError: When a row holds a NaN, or no finite logit.
+    """
+    z = logits.float()
+    if sampling.temperature not in (0, 1):
+        z = z / sampling.temperature
+    z = z - z.amax(-1, keepdim=True)
+    p = z.exp()
+    total = p.sum(-1)
+    if not bool(torch.isfinite(total).all()):
+        raise FloatingPointError("the policy's logits contain NaN or infinity; the weights have diverged")
+    # 0 * -inf is NaN where a logit is masked out, so such logits are lifted to a number first.
+    entropy = total.log() - (p * z.clamp(min=-1e30)).sum(-1) / total
+    if sampling.temperature == 0:
+        token = z.argmax(-1)
+    else:
+        token = inverse_cdf(_truncate(p, total, sampling), uniforms)
+    logprob = z.gather(-1, token[:, None]).squeeze(-1) - total.log()
+    return Drawn(token, logprob, entropy)
+
+
+def inverse_cdf(p: Tensor, uniforms: Tensor) -> Tensor:
+    """Index [n] at which the cumulative sum of unnormalised ``p`` [n, V] passes ``uniforms`` [n] of its total.
+
+    Two levels, blocks and then one block, in float64: a float32 running sum over a large vocabulary would lose the tail.
+    """
+    rows, vocabulary = p.shape
+    padded = torch.nn.functional.pad(p, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
+    blocks = padded.sum(-1, dtype=torch.float64).cumsum(-1)
+    goal = uniforms.to(blocks) * blocks[:, -1]
+    block = _first_above(blocks, goal)
+    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)[:, None]).squeeze(1), 0.0)
+    inside = padded[torch.arange(rows, device=p.device), block].double().cumsum(-1)
+    return block * BLOCK + _first_above(inside, goal - before)
+
+
+def _first_above(cumulative: Tensor, goal: Tensor) -> Tensor:
+    """First index whose cumulative sum exceeds ``goal``; never one past the last that has mass (rounding)."""
+    last_with_mass = (cumulative < cumulative[:, -1:]).sum(-1)
+    return torch.minimum((cumulative <= goal[:, None]).sum(-1), last_with_mass)
+
+
+def _truncate(p: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
+    if sampling.top_k and sampling.top_k < p.shape[-1]:
+        kth = p.topk(sampling.top_k, dim=-1).values[:, -1:]
+        p = torch.where(p >= kth, p, 0.0)
+        total = p.sum(-1)
+    if sampling.top_p < 1:
+        ordered, order = p.sort(-1, descending=True)
+        before = (ordered.cumsum(-1) - ordered) / total[:, None]
+        p = torch.zeros_like(p).scatter(-1, order, torch.where(before < sampling.top_p, ordered, 0.0))
+    return p

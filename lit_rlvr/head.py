@@ -1,0 +1,275 @@
+"""The language-model head, in chunks of rows: [tokens, vocabulary] never exists as a whole.
+
+Two roads to the same numbers:
+
+* :func:`chunked_logprobs` returns log-probabilities and entropies and recomputes the logits in the backward pass.
+* :func:`selected_loss` takes a token-separable loss, and computes its gradient during the forward pass. Called on the
+  hidden states of the tokens that learn, it costs nothing for those that do not.
+
+With z the logits after scaling, soft-cap and temperature, p = softmax(z) and H its entropy:
+d logp_target / dz = onehot(target) - p, and dH / dz = -p (log p + H).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK_ROWS = 512
+"""Rows of logits held at a time. 256 to 512 measured fastest on CPU; memory is rows x vocabulary x 4 bytes, a few times."""
+
+
+class TokenLoss(Protocol):
+    """A loss that is a sum over tokens, so that its gradient can be taken chunk by chunk."""
+
+    def __call__(self, logprobs: Tensor, entropies: Tensor, part: slice) -> Tensor:
+        """Summed loss (a scalar) of the tokens ``part``, whose log-probabilities and entropies are given [m]."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What stands between ``hidden @ weight.T`` and the distribution that is sampled from.
+
+    Args:
+        scale: Factor on the raw logits.
+        softcap: The cap c of z <- c tanh(z / c), or None.
+        temperature: Sampling temperature, > 0.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        z = raw if raw.dtype == torch.float64 else raw.float()
+        if self.scale != 1.0:
+            z = z * self.scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z / self.temperature if self.temperature != 1.0 else z
+
+    def slope(self, z: Tensor) -> Tensor | float:
+        """dz / d raw, from the transformed logits."""
+        factor = self.scale / self.temperature
+        if self.softcap is None:
+            return factor
+        return factor * (1 - (z * self.temperature / self.softcap) ** 2)
+
+
+class _Chunk(NamedTuple):
+    part: slice
+    z: Tensor
+    lse: Tensor
+    p: Tensor
+    logp: Tensor
+    entropy: Tensor
+
+
+class _Head(NamedTuple):
+    """The tensors of one call, already in the dtype of the matrix product."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    transform: LogitTransform
+    chunk: int
+
+    def chunks(self) -> Iterator[_Chunk]:
+        for start in range(0, len(self.targets), self.chunk):
+            part = slice(start, min(start + self.chunk, len(self.targets)))
+            raw = torch.nn.functional.linear(self.hidden[part], self.weight, self.bias)
+            z = self.transform(raw)
+            lse = z.logsumexp(-1)
+            p = (z - lse[:, None]).exp_()
+            logp = z.gather(1, self.targets[part, None]).squeeze(1) - lse
+            # An einsum, so that p * z is never stored.
+            entropy = lse - torch.einsum("mv,mv->m", p, z)
+            yield _Chunk(part, z, lse, p, logp, entropy)
+
+    def raw_gradient(self, chunk: _Chunk, g_logp: Tensor, g_entropy: Tensor | None) -> Tensor:
+        """Gradient of the raw logits [m, V], from those of the chunk's log-probabilities and entropies [m]."""
+        factor = g_logp[:, None]
+        if g_entropy is not None:
+            factor = factor + g_entropy[:, None] * (chunk.z - chunk.lse[:, None] + chunk.entropy[:, None])
+        d = chunk.p * -factor
+        d.scatter_add_(1, self.targets[chunk.part, None], g_logp[:, None])
+        return d * self.transform.slope(chunk.z)
+
+
+class _Gradients:
+    """Accumulates the gradients of hidden, weight and bias over chunks; the weight's in float32 or better."""
+
+    def __init__(self, head: _Head, needed: tuple[bool, bool, bool]) -> None:
+        self.head = head
+        wide = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
+        self.hidden = torch.zeros_like(head.hidden) if needed[0] else None
+        self.weight = torch.zeros_like(head.weight, dtype=wide) if needed[1] else None
+        self.bias = torch.zeros_like(head.bias, dtype=wide) if needed[2] and head.bias is not None else None
+
+    def add(self, part: slice, d: Tensor) -> None:
+        narrow = d.to(self.head.weight.dtype)
+        if self.hidden is not None:
+            self.hidden[part] = narrow @ self.head.weight
+        if self.weight is not None:
+            if self.weight.dtype == narrow.dtype:
+                self.weight.addmm_(narrow.T, self.head.hidden[part])
+            else:
+                self.weight += narrow.T @ self.head.hidden[part]
+        if self.bias is not None:
+            self.bias += d.sum(0)
+
+
+def _prepare(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform, chunk: int
+) -> _Head:
+    """Detach, and cast to autocast's dtype where autocast is on (inside a custom function it casts nothing itself)."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    cast_bias = None if bias is None else bias.detach().to(dtype)
+    return _Head(hidden.detach().to(dtype), weight.detach().to(dtype), cast_bias, targets, transform, chunk)
+
+
+def _returned(grads: _Gradients, like: tuple[Any, ...], factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """The three gradients in the dtypes of the arguments, times ``factor``."""
+    out: list[Tensor | None] = []
+    for grad, dtype in zip((grads.hidden, grads.weight, grads.bias), like, strict=True):
+        scaled = grad if grad is None or factor is None else grad * factor.to(grad.dtype)
+        out.append(None if scaled is None else scaled.to(dtype))
+    return tuple(out)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        head = _prepare(hidden, weight, bias, targets, transform, chunk)
+        wide = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
+        logp, entropy = (torch.empty(len(targets), dtype=wide, device=hidden.device) for _ in range(2))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in head.chunks():
+                logp[part.part], entropy[part.part] = part.logp, part.entropy
+        ctx.head, ctx.like = head, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        g_logp, g_entropy = outputs
+        head: _Head = ctx.head
+        grads = _Gradients(head, ctx.needs_input_grad[:3])
+        with torch.autocast(head.hidden.device.type, enabled=False):
+            for part in head.chunks():
+                logp_part = torch.zeros_like(part.logp) if g_logp is None else g_logp[part.part]
+                entropy_part = None if g_entropy is None else g_entropy[part.part]
+                grads.add(part.part, head.raw_gradient(part, logp_part, entropy_part))
+        return *_returned(grads, ctx.like), None, None, None
+
+
+class _SelectedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        chunk: int,
+        token_loss: TokenLoss,
+    ) -> Tensor:
+        head = _prepare(hidden, weight, bias, targets, transform, chunk)
+        grads = _Gradients(head, ctx.needs_input_grad[:3])
+        wide = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in head.chunks():
+                loss, g_logp, g_entropy = _differentiate(token_loss, part)
+                total += loss
+                if any(ctx.needs_input_grad):
+                    grads.add(part.part, head.raw_gradient(part, g_logp, g_entropy))
+        ctx.grads, ctx.like = grads, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        returned = _returned(ctx.grads, ctx.like, outputs[0])
+        ctx.grads = None
+        return *returned, None, None, None, None
+
+
+def _differentiate(token_loss: TokenLoss, part: _Chunk) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The chunk's loss and its gradients with respect to log-probabilities and entropies (None: does not depend)."""
+    with torch.enable_grad():
+        logp, entropy = part.logp.detach().requires_grad_(), part.entropy.detach().requires_grad_()
+        loss = token_loss(logp, entropy, part.part)
+        if not loss.requires_grad:
+            return loss, torch.zeros_like(part.logp), None
+        g_logp, g_entropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
+    return loss.detach(), torch.zeros_like(part.logp) if g_logp is None else g_logp, g_entropy
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform = LogitTransform(),
+    chunk: int = CHUNK_ROWS,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of ``targets`` and entropies, both differentiable.
+
+    Args:
+        hidden: Final hidden states [M, D].
+        weight: Head weight [V, D].
+        targets: Token ids [M].
+        bias: Head bias [V], if the model has one.
+        transform: Scaling, soft-cap and temperature.
+        chunk: Rows of logits held at a time.
+
+    Returns:
+        Log-probabilities [M] and entropies [M] in nats; float32, or float64 for a float64 head.
+    """
+    apply: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLogprobs.apply  # type: ignore[assignment]
+    return apply(hidden, weight, bias, targets, transform, chunk)
+
+
+def selected_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_loss: TokenLoss,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform = LogitTransform(),
+    chunk: int = CHUNK_ROWS,
+) -> Tensor:
+    """Sum of ``token_loss`` over the given rows; its gradient is taken chunk by chunk in the forward pass.
+
+    Args:
+        hidden: Final hidden states of the selected tokens only [M, D].
+        weight: Head weight [V, D].
+        targets: Token ids [M].
+        token_loss: The token-separable loss; called once per chunk, in order.
+        bias: Head bias [V], if the model has one.
+        transform: Scaling, soft-cap and temperature.
+        chunk: Rows of logits held at a time.
+
+    Returns:
+        A scalar that is connected to ``hidden`` and ``weight`` even for M = 0.
+    """
+    apply: Callable[..., Tensor] = _SelectedLoss.apply  # type: ignore[assignment]
+    return apply(hidden, weight, bias, targets, transform, chunk, token_loss)

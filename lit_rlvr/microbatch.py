@@ -1,0 +1,67 @@
+"""Cutting rows into micro-batches by a token budget, and laying them out without padding in the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_rlvr.types import RolloutBatch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows as the policy reads them.
+
+    Args:
+        ids: Prompt and response, padded on the right [N, S].
+        index: Flat places in [N * S] of the hidden states that predict ``targets`` [M].
+        targets: The response tokens to score [M].
+        row: Row of each target in the rollout [M].
+        column: Position of each target in its response [M].
+    """
+
+    ids: Tensor
+    index: Tensor
+    targets: Tensor
+    row: Tensor
+    column: Tensor
+
+
+def split_rows(lengths: Tensor, budget: int) -> list[Tensor]:
+    """Group rows of similar length so that rows x longest stays within ``budget`` tokens; one row at the least.
+
+    >>> [part.tolist() for part in split_rows(torch.tensor([2, 8, 2, 3]), budget=8)]
+    [[1], [3, 0], [2]]
+    """
+    parts: list[Tensor] = []
+    order = torch.argsort(lengths, descending=True, stable=True)
+    start = 0
+    while start < len(order):
+        fits = max(1, budget // max(1, int(lengths[order[start]])))
+        parts.append(order[start : start + fits])
+        start += fits
+    return parts
+
+
+def lay_out(rollout: RolloutBatch, rows: Tensor, chosen: Tensor, device: torch.device) -> MicroBatch:
+    """Lay out ``rows`` [n] of a rollout, asking for the response tokens that ``chosen`` [B, T] marks."""
+    prompt_mask, response_mask = rollout.prompt_mask[rows], rollout.response_mask[rows]
+    prompt, response = prompt_mask.sum(-1), response_mask.sum(-1)
+    width = int((prompt + response).max()) if len(rows) else 0
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    place = torch.arange(width)[None, :]
+    ids[place < prompt[:, None]] = rollout.prompt_ids[rows][prompt_mask]
+    ids[(place >= prompt[:, None]) & (place < (prompt + response)[:, None])] = rollout.response_ids[rows][response_mask]
+    local, column = chosen[rows].nonzero(as_tuple=True)
+    # The hidden state at place s predicts the token at s + 1.
+    index = local * width + prompt[local] + column - 1
+    targets = rollout.response_ids[rows[local], column]
+    return MicroBatch(*(t.to(device) for t in (ids, index, targets, rows[local], column)))
+
+
+def empty(device: torch.device) -> MicroBatch:
+    """A micro-batch with one token and nothing to learn: it keeps ranks that have no work in step with the others."""
+    nothing = torch.zeros(0, dtype=torch.int64, device=device)
+    return MicroBatch(torch.zeros(1, 1, dtype=torch.int64, device=device), nothing, nothing, nothing, nothing)

@@ -1,0 +1,72 @@
+"""Where models come from: a Hugging Face folder or name, or a tiny one built on the spot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from lit_rlvr.tasks.last_digit import ALPHABET
+
+BUILTIN = "builtin:"
+TINY = "tiny-qwen3-75k"
+PAD, END = "<pad>", "<eos>"
+
+
+def cache_folder() -> Path:
+    """Where built and warm-started models are kept: ``$LIT_RLVR_CACHE``, or ``~/.cache/lit-rlvr``."""
+    return Path(os.environ.get("LIT_RLVR_CACHE") or Path.home() / ".cache" / "lit-rlvr")
+
+
+def resolve_model(source: str) -> str:
+    """A folder or name that transformers opens; built-in models are made on first use.
+
+    Raises:
+        ValueError: For an unknown built-in model.
+    """
+    if not source.startswith(BUILTIN):
+        return source
+    name = source.removeprefix(BUILTIN)
+    if name != TINY:
+        raise ValueError(f"there is no built-in model {name!r}; the only one is {BUILTIN}{TINY}")
+    folder = cache_folder() / TINY
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "model.safetensors").exists():
+            save_model(tiny_qwen3(), character_tokenizer(ALPHABET + "?"), folder)
+    return str(folder)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a Hugging Face folder, the weights last, so that a folder with weights is whole."""
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
+    """One token per character of ``alphabet``, beside padding and end."""
+    vocabulary = {token: i for i, token in enumerate([PAD, END, *alphabet])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
+    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
+
+
+def tiny_qwen3(seed: int = 0) -> Qwen3ForCausalLM:
+    """A Qwen3 with 75,520 random parameters, for the tasks that a laptop learns."""
+    config = Qwen3Config(
+        vocab_size=len(ALPHABET) + 3, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, initializer_range=0.05,
+        max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=None, dtype="float32",
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)

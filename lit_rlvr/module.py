@@ -1,0 +1,280 @@
+"""RLVRModule: reinforcement learning with verifiable rewards, one optimiser step per ``training_step``.
+
+A rollout phase samples ``prompts x responses`` answers and verifies them; the credit callbacks decide which of their
+tokens learn, and how much; then ``epochs x mini-batches`` optimiser steps maximise
+
+    sum(weight * surrogate(advantage, pi / pi_old)) / sum(count)  -  beta * KL(pi || pi_ref)
+
+with both sums over a whole mini-batch and all ranks. :meth:`RLVRModule.training_step` is the algorithm.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from lit_rlvr.advantages import Advantage, GroupNormalized
+from lit_rlvr.aggregation import Aggregation, TokenMean
+from lit_rlvr.collect import Collector
+from lit_rlvr.credit import credit_chain, describe_chain
+from lit_rlvr.data import EvalTicket, RLVRDataModule, Ticket
+from lit_rlvr.engines import Engine, InProcessEngine, Sampling
+from lit_rlvr.evaluate import Evaluator
+from lit_rlvr.kl import KLPenalty
+from lit_rlvr.losses import ClippedSurrogate, PolicyLoss
+from lit_rlvr.microbatch import MicroBatch, empty, lay_out, split_rows
+from lit_rlvr.models import resolve_model
+from lit_rlvr.objective import Meter, MiniBatch, TokenObjective
+from lit_rlvr.phase import Phase, run_phase
+from lit_rlvr.policy import load_policy
+from lit_rlvr.reduce import Reduce, default_reduce
+from lit_rlvr.settings import Batch, Evaluation
+from lit_rlvr.shaping import DynamicSampling, OverlongPenalty
+from lit_rlvr.types import EncodedPrompt
+from lit_rlvr.checks import check_algorithm, check_trainer
+
+
+log = logging.getLogger(__name__)
+
+
+def _adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.1)
+
+
+class RLVRModule(pl.LightningModule):
+    """Policy, reference and algorithm.
+
+    Args:
+        model: Hugging Face folder or hub name of the policy, or ``builtin:tiny-qwen3-75k``.
+        dtype: Dtype of the weights: ``float32``, ``bfloat16`` or ``float64``.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        batch: Sizes of a rollout phase and of its optimiser steps.
+        sampling: How rollouts are drawn. Always from the full distribution.
+        engine: What draws them.
+        advantage: Base advantage of a response.
+        loss: Surrogate objective of a token.
+        aggregation: How tokens are averaged.
+        kl: Penalty for leaving the reference model; null: no reference model is loaded.
+        reference: Folder or name of the reference model; null: the same as ``model``.
+        overlong: Penalty on responses near the length limit.
+        dynamic_sampling: Keep only groups that are neither all right nor all wrong; null: keep every group.
+        optimizer: Makes the optimizer from the parameters.
+        scheduler: Makes a learning-rate scheduler from the optimizer; stepped once per optimiser step.
+        evaluations: What ``validate`` and ``test`` report, by name; null: one sampled response at temperature 1.
+        seed: Fixes prompts order, rollouts and random choices.
+
+    Raises:
+        ValueError: When options do not go together.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+        batch: Batch = Batch(),
+        sampling: Sampling = Sampling(),
+        engine: Engine | None = None,
+        advantage: Advantage = GroupNormalized(),
+        loss: PolicyLoss = ClippedSurrogate(),
+        aggregation: Aggregation = TokenMean(),
+        kl: KLPenalty | None = None,
+        reference: str | None = None,
+        overlong: OverlongPenalty | None = None,
+        dynamic_sampling: DynamicSampling | None = None,
+        optimizer: OptimizerCallable = _adamw,
+        scheduler: LRSchedulerCallable | None = None,
+        evaluations: dict[str, Evaluation] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model, self.dtype_name, self.gradient_checkpointing = model, dtype, gradient_checkpointing
+        self.batch, self.sampling, self.engine = batch, sampling, engine or InProcessEngine()
+        self.advantage, self.loss, self.aggregation = advantage, loss, aggregation
+        self.kl, self.reference_path, self.overlong = kl, reference, overlong
+        self.dynamic_sampling, self.optimizer, self.scheduler, self.seed = dynamic_sampling, optimizer, scheduler, seed
+        self.evaluator = Evaluator(evaluations or {"sampled": Evaluation(max_new_tokens=sampling.max_new_tokens)})
+        self.phase: Phase | None = None
+        self.skipped_steps = 0
+        self.policy: Any = None
+        self._metrics: dict[str, float] = {}
+        self._mini: MiniBatch
+        # Outside of the module tree, so that it is neither trained, nor wrapped, nor saved in checkpoints.
+        object.__setattr__(self, "reference", None)
+        check_algorithm(self)
+
+    # -- the algorithm -------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Ticket, batch_idx: int) -> None:
+        """Run a rollout phase when its first optimiser step is due, and take the step's mini-batch."""
+        if batch.minibatch == 0:
+            self.phase = run_phase(self, batch.phase, self.reduce)
+            self._metrics = dict(self.phase.metrics)
+        if self.phase is None:
+            raise RuntimeError(
+                f"the checkpoint was taken inside rollout phase {batch.phase}, whose rollouts it does not hold; resume "
+                f"from one at a multiple of {self.batch.steps_per_phase} optimiser steps"
+            )
+        self._mini = self.phase.minibatches[batch.minibatch % self.batch.minibatches]
+
+    def training_step(self, batch: Ticket, batch_idx: int) -> Tensor:
+        """One optimiser step on one mini-batch, micro-batch by micro-batch.
+
+        Every micro-batch's loss is divided by the denominator of the *whole* mini-batch over all ranks, so the gradients
+        do not depend on how rows are cut. Lightning runs the last backward pass, clips and steps.
+        """
+        self.trainer.optimizers[0].zero_grad()
+        meter = Meter()
+        loss = torch.zeros(())
+        for micro, last in self.micro_batches(self._mini):
+            objective = TokenObjective(self._mini, micro, self.loss, self.kl_loss, self.reduce.world_size, meter)
+            loss = self.policy(micro.ids, micro.index, micro.targets, self.sampling.temperature, objective)
+            if not last:
+                loss.backward()
+        self._metrics |= meter.read(self.reduce)
+        return loss
+
+    def micro_batches(self, mini: MiniBatch) -> list[tuple[MicroBatch, bool]]:
+        """Cut a mini-batch's rows by the token budget; the flag marks the last.
+
+        Only tokens with something to learn are asked for, and rows without any are left out: exact, because their
+        gradient is zero. A KL term in the loss is about every response token. All ranks get the same number.
+        """
+        chosen = mini.rollout.response_mask
+        if self.kl_loss is None:
+            chosen = (mini.credit.weight > 0) & (mini.credit.advantage != 0)
+        rows = chosen.any(-1).nonzero().squeeze(-1)
+        lengths = (mini.rollout.prompt_mask.sum(-1) + mini.rollout.lengths)[rows]
+        parts = [rows[part] for part in split_rows(lengths, self.batch.micro_tokens)]
+        number = max(1, int(self.reduce.max(torch.tensor(len(parts)))))
+        micros = [lay_out(mini.rollout, part, chosen, self.device) for part in parts]
+        micros += [empty(self.device)] * (number - len(micros))
+        return [(micro, i == number - 1) for i, micro in enumerate(micros)]
+
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: Lightning would zero after ``training_step``, which begins with zeroing and accumulates."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, unless no token of any rank learns: weight decay and momentum would still move the weights."""
+        if self._mini.denominator or (self.kl_loss is not None and self._mini.kl_denominator):
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            optimizer_closure()
+            self.skipped_steps += 1
+
+    # -- around it -----------------------------------------------------------------------------------------------------
+
+    @property
+    def kl_loss(self) -> KLPenalty | None:
+        """The KL penalty, if it is part of the loss rather than of the reward."""
+        return self.kl if self.kl is not None and self.kl.where == "loss" else None
+
+    @cached_property
+    def reduce(self) -> Reduce:
+        """Reductions over the ranks of this run."""
+        return default_reduce(self.device)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer."""
+        return AutoTokenizer.from_pretrained(resolve_model(self.model))
+
+    @cached_property
+    def collector(self) -> Collector:
+        """Samples and verifies the groups of a phase."""
+        verifier = self.data.verifier
+        return Collector(
+            self.engine, verifier, self.tokenizer, self.sampling, self.batch.responses, self.dynamic_sampling, self.seed
+        )
+
+    @property
+    def data(self) -> RLVRDataModule:
+        """The trainer's data module.
+
+        Raises:
+            ValueError: When there is none, or one of another kind.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, RLVRDataModule):
+            raise ValueError("RLVRModule needs an RLVRDataModule: trainer.fit(module, datamodule=RLVRDataModule(task))")
+        return data
+
+    def prompts(self, count: int) -> list[EncodedPrompt]:
+        """The next training prompts; equal on every rank."""
+        return self.data.draw(count)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            check_trainer(self, self.trainer)
+            chain = credit_chain(self.trainer.callbacks)
+            log.info(describe_chain(chain))
+
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        path = resolve_model(self.model)
+        self.policy = load_policy(path, self.dtype_name, gradient_checkpointing=self.gradient_checkpointing)
+        if self.kl is not None:
+            reference = load_policy(resolve_model(self.reference_path or self.model), self.dtype_name)
+            object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        self.policy.train()
+        if self.reference is not None:
+            self.reference.to(self.device)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        norm: Any = torch.nn.utils.get_total_norm(gradients)
+        self._metrics["train/grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Ticket, batch_idx: int) -> None:
+        self._metrics["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._metrics["train/skipped_steps"] = float(self.skipped_steps)
+        self.emit(self._metrics)
+        self._metrics = {}
+
+    def emit(self, metrics: dict[str, float]) -> None:
+        """Send metrics to every logger once, and to ``trainer.callback_metrics`` for checkpoints and progress bars."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: EvalTicket, batch_idx: int) -> None:
+        prompts = self.data.encoded(batch.split)[batch.start : batch.stop]
+        self.evaluator.update(self, prompts[self.reduce.rank :: self.reduce.world_size])
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict({f"val/{name}": value for name, value in self.evaluator.compute().items()})
+
+    def test_step(self, batch: EvalTicket, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict({f"test/{name}": value for name, value in self.evaluator.compute().items()})
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def save_policy(self, folder: str | Path) -> Path:
+        """Write policy and tokenizer as a Hugging Face folder that ``from_pretrained`` opens; every rank may call it."""
+        path = Path(folder)
+        if self.trainer.is_global_zero:
+            self.policy.hf.save_pretrained(path)
+            self.tokenizer.save_pretrained(path)
+        return path

@@ -1,0 +1,147 @@
+"""The policy: a Hugging Face causal language model behind three calls, the only roads to its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lit_rlvr.head import LogitTransform, TokenLoss, chunked_logprobs, selected_loss
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class Policy(nn.Module):
+    """A causal language model that gives log-probabilities, losses and next-token logits.
+
+    Args:
+        hf: Any ``...ForCausalLM`` of transformers with a plain linear head.
+
+    Raises:
+        ValueError: When the model's logits are not ``linear(hidden)`` up to a known scale and soft-cap.
+    """
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__()
+        self.hf = hf
+        head = hf.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ValueError(f"{type(hf).__name__} has a {type(head).__name__} as its head; only a plain nn.Linear works")
+        self.transform = logit_transform(hf)
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest sequence the model accepts, in tokens, or None where its configuration does not say."""
+        return getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+
+    def forward(
+        self,
+        ids: Tensor,
+        index: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        token_loss: TokenLoss | None = None,
+    ) -> Any:
+        """Score ``targets``, or with ``token_loss`` take the loss over them with the selected head.
+
+        Args:
+            ids: Sequences [N, S], padded on the right; causal attention then needs no mask.
+            index: Flat places in [N * S] of the hidden states that predict the targets [M].
+            targets: Token ids [M].
+            temperature: Sampling temperature.
+            token_loss: A token-separable loss; see :func:`lit_rlvr.head.selected_loss`.
+
+        Returns:
+            (log-probabilities [M], entropies [M]) in nats, or the scalar loss.
+        """
+        hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        picked = hidden.flatten(0, 1)[index]
+        head: Any = self.hf.get_output_embeddings()
+        options: dict[str, Any] = {"bias": head.bias, "transform": self._at(temperature)}
+        if token_loss is None:
+            return chunked_logprobs(picked, head.weight, targets, **options)
+        return selected_loss(picked, head.weight, targets, token_loss, **options)
+
+    def next_logits(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+        """Logits [N, V] (before temperature) of the token after ``ids``, extending ``cache`` in place.
+
+        Args:
+            ids: New tokens [N, S]; left-padded in a prefill.
+            mask: True on real tokens of cache and ``ids`` together [N, total], or None where all are real.
+            positions: Position of each new token [N, S].
+            cache: A transformers ``Cache``.
+        """
+        out = self.hf.base_model(
+            input_ids=ids,
+            attention_mask=None if mask is None else mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        head: Any = self.hf.get_output_embeddings()
+        return self.transform(head(out.last_hidden_state[:, -1]))
+
+    def _at(self, temperature: float) -> LogitTransform:
+        return LogitTransform(self.transform.scale, self.transform.softcap, temperature)
+
+
+def logit_transform(hf: PreTrainedModel) -> LogitTransform:
+    """Read the scaling and soft-cap that the model applies to its logits from its configuration."""
+    config = hf.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return LogitTransform(scale, None if softcap is None else float(softcap))
+
+
+@torch.no_grad()
+def check_head(policy: Policy) -> None:
+    """Compare our logits with the model's own on two tokens.
+
+    Raises:
+        ValueError: When they differ: the model does something to its logits that is not reproduced here.
+    """
+    ids = torch.tensor([[0, 1]], device=policy.device)
+    hidden = policy.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    head: Any = policy.hf.get_output_embeddings()
+    ours = policy.transform(head(hidden))
+    theirs = policy.hf(input_ids=ids, use_cache=False).logits.to(ours.dtype)
+    # Both sides are one matrix product of the same numbers, possibly rounded once to bfloat16 (2^-8 relative).
+    if not torch.allclose(ours, theirs, rtol=2e-2, atol=1e-3):
+        raise ValueError(
+            f"{type(policy.hf).__name__} changes its logits in a way that is not reproduced here "
+            f"(largest difference {(ours - theirs).abs().max():.3g}); this model cannot be trained"
+        )
+
+
+def load_policy(path: str, dtype: str = "float32", *, gradient_checkpointing: bool = False) -> Policy:
+    """Load a causal language model from a folder or a hub name, ready for training.
+
+    Dropout is switched off: a probability ratio compares two policies, not two dropout masks.
+
+    Args:
+        path: A Hugging Face model folder or name. Code from the hub is never run.
+        dtype: ``float32``, ``bfloat16`` or ``float64``.
+        gradient_checkpointing: Recompute activations in the backward pass.
+
+    Raises:
+        ValueError: For an unknown dtype or a head that is not supported.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    config = AutoConfig.from_pretrained(path)
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+    hf = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[dtype])
+    if gradient_checkpointing:
+        hf.gradient_checkpointing_enable()
+    policy = Policy(hf)
+    check_head(policy)
+    return policy

@@ -1,0 +1,68 @@
+"""The task protocol. Kept free of torch, so that verifier processes start quickly."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem of a task.
+
+    Args:
+        index: Its place in the task's split; stable between runs.
+        question: The problem as plain text; the data module's template turns it into the model's input.
+        answer: The reference answer, or ``None`` where the verifier needs none.
+        meta: Whatever else the task's verifier needs.
+    """
+
+    index: int
+    question: str
+    answer: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a verifier says of one response.
+
+    Args:
+        reward: What learning maximises.
+        correct: The outcome: groups are filtered on it and evaluation reports it.
+        answer: The answer found in the response, for majority voting; ``None`` when there is none.
+        parts: The reward's parts by name, where it has several.
+    """
+
+    reward: float
+    correct: bool
+    answer: str | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """Problems and their verifier."""
+
+    isolated: bool = True
+    """Whether answers are scored in separate processes with a time limit. Turn off only for trusted, instant code."""
+
+    @abstractmethod
+    def prompts(self, split: Split) -> Sequence[Prompt]:
+        """The problems of a split; the same at every call."""
+
+    @abstractmethod
+    def score(self, prompt: Prompt, response: str) -> Score:
+        """Judge a response (without special tokens). May raise: the failure is counted and named."""
+
+    def demonstrate(self, prompt: Prompt, rng: random.Random) -> str:
+        """A response to imitate in a supervised warm start.
+
+        Raises:
+            ValueError: When the task has no demonstrations.
+        """
+        raise ValueError(f"{type(self).__name__} has no demonstrations, so it cannot be used for a warm start")

@@ -1,0 +1,31 @@
+"""Short names for tasks, so that YAML can say ``task: last_digit_arithmetic`` or ``task: reasoning_gym:chain_sum``."""
+
+from __future__ import annotations
+
+import difflib
+
+from lit_rlvr.tasks.base import Task
+from lit_rlvr.tasks.last_digit import LastDigitArithmetic
+from lit_rlvr.tasks.reasoning_gym import ReasoningGym
+
+
+def resolve_task(task: Task | str) -> Task:
+    """Return ``task``, or the task that its short name stands for.
+
+    Raises:
+        ValueError: For an unknown name.
+
+    >>> resolve_task("last_digit_arithmetic")
+    LastDigitArithmetic(seed=0)
+    """
+    if isinstance(task, Task):
+        return task
+    name, _, rest = task.partition(":")
+    if name == "last_digit_arithmetic" and not rest:
+        return LastDigitArithmetic()
+    if name == "reasoning_gym" and rest:
+        return ReasoningGym(rest)
+    known = ["last_digit_arithmetic", "reasoning_gym:NAME", "LastDigitArithmetic", "ReasoningGym"]
+    near = difflib.get_close_matches(task, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known[:2])}, or a class_path"
+    raise ValueError(f"there is no task {task!r}{hint}")

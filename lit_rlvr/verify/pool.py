@@ -1,0 +1,128 @@
+"""Scores answers, in separate processes where the task asks for it: a verifier can neither hang nor kill the run."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lit_rlvr.tasks.base import Prompt, Score, Task
+
+log = logging.getLogger(__name__)
+
+_task: Task | None = None
+
+
+def _start_worker(task: Task) -> None:
+    global _task
+    _task = task
+
+
+def _score_in_worker(prompt: Prompt, response: str) -> Score:
+    assert _task is not None
+    return _checked(_task.score(prompt, response))
+
+
+def _checked(score: Any) -> Score:
+    if not isinstance(score, Score):
+        raise TypeError(f"the verifier returned {type(score).__name__}, expected a Score")
+    if not abs(score.reward) < float("inf"):
+        raise ValueError(f"the verifier returned the reward {score.reward}")
+    return score
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Scores of a batch of answers.
+
+    Args:
+        scores: One per answer; a failed verifier leaves reward 0 and a wrong outcome.
+        failures: Why verifiers failed, with how often.
+    """
+
+    scores: list[Score]
+    failures: Counter[str]
+
+
+class Verifier:
+    """Scores answers for a task.
+
+    Args:
+        task: The task; ``task.isolated`` decides between this process and a pool.
+        workers: Processes of the pool.
+        timeout: Seconds that one answer may take in the pool; its process is killed after that.
+
+    Raises:
+        ValueError: When ``workers`` or ``timeout`` is not positive.
+    """
+
+    def __init__(self, task: Task, workers: int = 2, timeout: float = 10.0) -> None:
+        if workers < 1 or timeout <= 0:
+            raise ValueError(f"verifier workers and timeout must be positive, got {workers} and {timeout}")
+        self.task, self.workers, self.timeout = task, workers, timeout
+        self._pool: Any = None
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Verdicts:
+        """Score ``responses``, one per prompt.
+
+        Raises:
+            RuntimeError: When the verifier fails on every answer: nothing could be learnt from that.
+        """
+        judge = self._in_pool if self.task.isolated else self._here
+        results = judge(prompts, responses)
+        failures = Counter(r for r in results if isinstance(r, str))
+        if responses and failures.total() == len(responses):
+            reason, times = failures.most_common(1)[0]
+            raise RuntimeError(f"the verifier failed on all {len(responses)} answers; {times} times with {reason}")
+        for reason, times in failures.items():
+            log.warning("verifier failed on %d of %d answers: %s", times, len(responses), reason)
+        return Verdicts([Score(0.0, False) if isinstance(r, str) else r for r in results], failures)
+
+    def close(self) -> None:
+        """End the pool's processes."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+    def _here(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Score | str]:
+        results: list[Score | str] = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            try:
+                results.append(_checked(self.task.score(prompt, response)))
+            except Exception as error:  # whatever a verifier raises is its failure, not the run's
+                results.append(describe(error))
+        return results
+
+    def _in_pool(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Score | str]:
+        from pebble import ProcessPool
+
+        if self._pool is None:
+            # spawn: a fork of a process with torch's threads can deadlock.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPool(self.workers, context=context, initializer=_start_worker, initargs=(self.task,))
+        futures = [
+            self._pool.schedule(_score_in_worker, args=pair, timeout=self.timeout)
+            for pair in zip(prompts, responses, strict=True)
+        ]
+        results: list[Score | str] = []
+        for future in futures:
+            try:
+                results.append(future.result())
+            except TimeoutError:
+                results.append(f"no verdict within {self.timeout:g} s")
+            except Exception as error:  # raised in the worker, or the worker's death
+                results.append(describe(error))
+        return results
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line.
+
+    >>> describe(ValueError("no\\nanswer"))
+    'ValueError: no answer'
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
