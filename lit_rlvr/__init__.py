@@ -47,7 +47,23 @@ if TYPE_CHECKING:
     from lit_rlvr.types import RolloutBatch as RolloutBatch
     from lit_rlvr.warmup import Warmup as Warmup
 
-__all__ = sorted(_HOME)
+
+__all__ = [
+    "Batch",
+    "Credit",
+    "CreditCallback",
+    "CreditContext",
+    "Evaluation",
+    "Prompt",
+    "RLVRDataModule",
+    "RLVRModule",
+    "RolloutBatch",
+    "Sampling",
+    "Score",
+    "Task",
+    "Template",
+    "Warmup",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -57,4 +73,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*_HOME, "__version__"]

@@ -29,12 +29,12 @@ def check_algorithm(module: RLVRModule) -> None:
         )
     if module.dynamic_sampling is not None and module.batch.responses < 2:
         raise ValueError("dynamic_sampling keeps groups with right and wrong responses: batch.responses must be >= 2")
-    if module.overlong is not None and module.overlong.max_length is None:
-        if module.overlong.buffer > module.sampling.max_new_tokens:
-            raise ValueError(
-                f"overlong.buffer={module.overlong.buffer} is longer than sampling.max_new_tokens="
-                f"{module.sampling.max_new_tokens}: every response would be punished"
-            )
+    overlong, limit = module.overlong, module.sampling.max_new_tokens
+    if overlong is not None and overlong.max_length is None and overlong.buffer > limit:
+        raise ValueError(
+            f"overlong.buffer={overlong.buffer} is longer than sampling.max_new_tokens={limit}: "
+            "every response would be punished"
+        )
     if module.reference_path is not None and module.kl is None:
         raise ValueError("a reference model is given, but nothing uses it: kl is null")
 
@@ -52,7 +52,5 @@ def check_trainer(module: RLVRModule, trainer: pl.Trainer) -> None:
         )
     if str(trainer.precision).startswith("16"):
         raise ValueError("trainer.precision 16 needs loss scaling, which the loop does not support; use bf16")
-    if trainer.overfit_batches:
-        raise ValueError("trainer.overfit_batches does not apply to rollouts; use a task with few prompts instead")
     if module.dtype_name == "float64" and "bf16" in str(trainer.precision):
         raise ValueError(f"dtype float64 and trainer.precision {trainer.precision} contradict each other")

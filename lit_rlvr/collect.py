@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,31 +23,43 @@ from lit_rlvr.verify import Verifier
 log = logging.getLogger(__name__)
 
 
+SUMMED = (
+    "responses", "tokens", "reward", "correct", "truncated", "entropy", "failures", "groups", "all_right", "all_wrong",
+)  # fmt: skip
+
+
 @dataclass
 class Tally:
     """What happened while sampling, summed over the rounds of a phase on this rank."""
 
-    sums: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+    sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     rounds: int = 0
+    usable: int = 0
 
     def add(self, rollout: RolloutBatch, failures: int) -> None:
         mask = rollout.response_mask
-        reward = rollout.rewards.double()
-        self.sums.update(
-            responses=len(rollout), tokens=int(mask.sum()), reward=float(reward.sum()),
-            correct=float(rollout.correct.sum()), truncated=int(rollout.truncated.sum()),
-            entropy=float(rollout.entropies[mask].double().sum()), failures=failures,
-        )  # fmt: skip
+        facts: dict[str, Any] = {
+            "responses": len(rollout),
+            "tokens": mask.sum(),
+            "reward": rollout.rewards.double().sum(),
+            "correct": rollout.correct.sum(),
+            "truncated": rollout.truncated.sum(),
+            "entropy": rollout.entropies[mask].double().sum(),
+            "failures": failures,
+        }
         for group in rollout.group.unique():
             share = float(rollout.correct[rollout.group == group].mean())
-            self.sums.update(groups=1, all_right=share == 1, all_wrong=share == 0)
+            self.sums["groups"] += 1
+            self.sums["all_right"] += share == 1
+            self.sums["all_wrong"] += share == 0
+        for name, value in facts.items():
+            self.sums[name] += float(value)
 
     def read(self, reduce: Reduce) -> dict[str, float]:
         """Means over all ranks, as ``rollout/...`` and ``time/...``."""
-        names = ("responses", "tokens", "reward", "correct", "truncated", "entropy", "failures", "groups", "all_right",
-                 "all_wrong")  # fmt: skip
-        total = dict(zip(names, reduce.sum(torch.tensor([float(self.sums[n]) for n in names]).double()).tolist(), strict=True))
+        own = torch.tensor([self.sums[n] for n in SUMMED], dtype=torch.float64)
+        total = dict(zip(SUMMED, reduce.sum(own).tolist(), strict=True))
         per_response, per_group = max(total["responses"], 1.0), max(total["groups"], 1.0)
         metrics = {f"rollout/{n}": total[n] / per_response for n in ("reward", "correct", "truncated")}
         metrics |= {f"rollout/groups_{n}": total[n] / per_group for n in ("all_right", "all_wrong")}
@@ -58,6 +70,7 @@ class Tally:
             "rollout/prompts": total["groups"],
             "rollout/verifier_failures": total["failures"],
             "rollout/rounds": float(self.rounds),
+            "rollout/usable_groups": float(self.usable),
         }
         return metrics | {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
 
@@ -120,8 +133,13 @@ class Collector:
                 rollout = rollout.rows(self.filter.mixed(rollout.correct, rollout.group).nonzero().squeeze(-1))
             kept.append(rollout)
             usable += int(reduce.sum(torch.tensor(len(rollout) // self.samples)))
-        if usable < wanted and reduce.rank == 0:
-            log.info("phase %d: %d of %d groups are neither all right nor all wrong", phase, usable, wanted)
+        if not usable and reduce.rank == 0:
+            log.warning(
+                "phase %d: all %d sampled groups are all right or all wrong; its optimiser steps are skipped",
+                phase,
+                drawn,
+            )
+        tally.usable = usable
         return RolloutBatch.concatenate(kept), tally
 
     def _ask(self, missing: int, usable: int, drawn: int, wanted: int) -> int:
@@ -167,7 +185,9 @@ def to_rollout(
     """Put the facts of a generation together, on the CPU."""
     width = max((len(p.tokens) for p in prompts), default=1)
     lengths = torch.tensor([len(p.tokens) for p in prompts], dtype=torch.int64)
-    ids = torch.tensor([[*p.tokens, *[0] * (width - len(p.tokens))] for p in prompts], dtype=torch.int64).view(-1, width)
+    ids = torch.tensor([[*p.tokens, *[0] * (width - len(p.tokens))] for p in prompts], dtype=torch.int64).view(
+        -1, width
+    )
     mask = torch.arange(width)[None, :] < lengths[:, None]
     logprobs = out.logprobs.float().cpu()
     return RolloutBatch(

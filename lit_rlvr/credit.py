@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -98,6 +99,12 @@ class CreditCallback(Callback):
         return credit
 
 
+def all_callbacks(trainer: Trainer) -> list[Callback]:
+    """A trainer's callbacks, in list order."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, never declared
+    return callbacks
+
+
 def credit_chain(callbacks: Sequence[Callback]) -> list[CreditCallback]:
     """The credit callbacks of a trainer, in list order, after checking that they go together.
 
@@ -113,7 +120,9 @@ def credit_chain(callbacks: Sequence[Callback]) -> list[CreditCallback]:
         raise ValueError(f"{' and '.join(detectors)} both name the stage; keep one stage detector")
     gated = [c.state_key for c in chain if c.stages]
     if gated and not detectors:
-        raise ValueError(f"{gated[0]} acts only in some stages, but no stage detector is in the list; add StageDetector")
+        raise ValueError(
+            f"{gated[0]} acts only in some stages, but no stage detector is in the list; add StageDetector"
+        )
     return chain
 
 
@@ -127,9 +136,7 @@ def describe_chain(chain: Sequence[CreditCallback]) -> str:
     return "credit: " + (" → ".join(links) or "every response token learns")
 
 
-def assign_credit(
-    chain: Sequence[CreditCallback], rollout: RolloutBatch, credit: Credit, ctx: CreditContext
-) -> Credit:
+def assign_credit(chain: Sequence[CreditCallback], rollout: RolloutBatch, credit: Credit, ctx: CreditContext) -> Credit:
     """Run the chain: all observe, then each whose stage it is acts, in order.
 
     Raises:

@@ -96,7 +96,7 @@ class PromptCursor:
 
 
 class TicketLoader:
-    """Yields one ticket per optimiser step. Sized, so that Lightning does not fetch ahead; stateful, so that it resumes."""
+    """Yields one ticket per optimiser step; sized, so that Lightning does not fetch ahead, and resumable."""
 
     def __init__(self, phases: int, steps_per_phase: int) -> None:
         self.phases, self.steps_per_phase, self.next = phases, steps_per_phase, 0
@@ -122,7 +122,8 @@ class EvalLoader:
     """The batches of an evaluation. A class of its own, because Lightning takes a list for several loaders."""
 
     def __init__(self, split: Split, total: int, size: int) -> None:
-        self.split, self.total, self.size = split, total, size
+        self.split: Split = split
+        self.total, self.size = total, size
 
     def __len__(self) -> int:
         return -(-self.total // self.size)
@@ -183,7 +184,9 @@ class RLVRDataModule(LightningDataModule):
             prompts = self.task.prompts(split)
             if split != "train":
                 prompts = prompts[: self.eval_prompts]
-            self._encoded[split] = self._fitting([self.template.encode(p, self.module.tokenizer) for p in prompts], split)
+            self._encoded[split] = self._fitting(
+                [self.template.encode(p, self.module.tokenizer) for p in prompts], split
+            )
         return self._encoded[split]
 
     def _fitting(self, encoded: Sequence[EncodedPrompt], split: Split) -> list[EncodedPrompt]:

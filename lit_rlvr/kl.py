@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log pi - log pi_ref: unbiased, can be negative. Source: Schulman 2020, "Approximating KL divergence"."""
+    """Log pi - log pi_ref: unbiased, can be negative. Source: Schulman 2020, "Approximating KL divergence"."""
     return logprobs - ref_logprobs
 
 
@@ -51,7 +51,9 @@ class KLPenalty:
         if self.beta <= 0:
             raise ValueError(f"kl.beta must be > 0, got {self.beta}; leave kl null to train without a reference model")
         if self.estimator == "k1" and self.where == "loss":
-            raise ValueError("kl.estimator k1 in the loss has a gradient with zero mean; use k2 or k3, or where: reward")
+            raise ValueError(
+                "kl.estimator k1 in the loss has a gradient with zero mean; use k2 or k3, or where: reward"
+            )
 
     def __call__(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         """The estimator, per token."""

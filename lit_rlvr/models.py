@@ -54,8 +54,8 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     """One token per character of ``alphabet``, beside padding and end."""
     vocabulary = {token: i for i, token in enumerate([PAD, END, *alphabet])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
-    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
-    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
 
 

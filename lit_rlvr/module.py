@@ -23,8 +23,9 @@ from transformers import AutoTokenizer
 
 from lit_rlvr.advantages import Advantage, GroupNormalized
 from lit_rlvr.aggregation import Aggregation, TokenMean
+from lit_rlvr.checks import check_algorithm, check_trainer
 from lit_rlvr.collect import Collector
-from lit_rlvr.credit import credit_chain, describe_chain
+from lit_rlvr.credit import all_callbacks, credit_chain, describe_chain
 from lit_rlvr.data import EvalTicket, RLVRDataModule, Ticket
 from lit_rlvr.engines import Engine, InProcessEngine, Sampling
 from lit_rlvr.evaluate import Evaluator
@@ -39,14 +40,8 @@ from lit_rlvr.reduce import Reduce, default_reduce
 from lit_rlvr.settings import Batch, Evaluation
 from lit_rlvr.shaping import DynamicSampling, OverlongPenalty
 from lit_rlvr.types import EncodedPrompt
-from lit_rlvr.checks import check_algorithm, check_trainer
-
 
 log = logging.getLogger(__name__)
-
-
-def _adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.1)
 
 
 class RLVRModule(pl.LightningModule):
@@ -90,7 +85,7 @@ class RLVRModule(pl.LightningModule):
         reference: str | None = None,
         overlong: OverlongPenalty | None = None,
         dynamic_sampling: DynamicSampling | None = None,
-        optimizer: OptimizerCallable = _adamw,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.1),
         scheduler: LRSchedulerCallable | None = None,
         evaluations: dict[str, Evaluation] | None = None,
         seed: int = 0,
@@ -102,6 +97,7 @@ class RLVRModule(pl.LightningModule):
         self.kl, self.reference_path, self.overlong = kl, reference, overlong
         self.dynamic_sampling, self.optimizer, self.scheduler, self.seed = dynamic_sampling, optimizer, scheduler, seed
         self.evaluator = Evaluator(evaluations or {"sampled": Evaluation(max_new_tokens=sampling.max_new_tokens)})
+        self.base: str | None = None
         self.phase: Phase | None = None
         self.skipped_steps = 0
         self.policy: Any = None
@@ -128,8 +124,8 @@ class RLVRModule(pl.LightningModule):
     def training_step(self, batch: Ticket, batch_idx: int) -> Tensor:
         """One optimiser step on one mini-batch, micro-batch by micro-batch.
 
-        Every micro-batch's loss is divided by the denominator of the *whole* mini-batch over all ranks, so the gradients
-        do not depend on how rows are cut. Lightning runs the last backward pass, clips and steps.
+        Every micro-batch's loss is divided by the denominator of the *whole* mini-batch over all ranks, so gradients do
+        not depend on how rows are cut. Lightning runs the last backward pass, clips and steps.
         """
         self.trainer.optimizers[0].zero_grad()
         meter = Meter()
@@ -211,10 +207,14 @@ class RLVRModule(pl.LightningModule):
         """The next training prompts; equal on every rank."""
         return self.data.draw(count)
 
+    def start_from(self, folder: str | Path) -> None:
+        """Train the model in ``folder``, a warm start of ``model``, instead of ``model`` itself."""
+        self.base, self.model = self.model, str(folder)
+
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_trainer(self, self.trainer)
-            chain = credit_chain(self.trainer.callbacks)
+            chain = credit_chain(all_callbacks(self.trainer))
             log.info(describe_chain(chain))
 
     def configure_model(self) -> None:
@@ -272,7 +272,7 @@ class RLVRModule(pl.LightningModule):
     # -- saving --------------------------------------------------------------------------------------------------------
 
     def save_policy(self, folder: str | Path) -> Path:
-        """Write policy and tokenizer as a Hugging Face folder that ``from_pretrained`` opens; every rank may call it."""
+        """Write policy and tokenizer as a Hugging Face folder for ``from_pretrained``; every rank may call it."""
         path = Path(folder)
         if self.trainer.is_global_zero:
             self.policy.hf.save_pretrained(path)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lit_rlvr.credit import CreditContext, assign_credit, credit_chain
+from lit_rlvr.credit import CreditContext, all_callbacks, assign_credit, credit_chain
 from lit_rlvr.exchange import share_groups
 from lit_rlvr.objective import MiniBatch
 from lit_rlvr.reduce import Reduce, mean
@@ -31,12 +31,16 @@ class Phase:
         minibatches: One per optimiser step of one epoch.
         metrics: What to log about it; the same on every rank.
         rollout: This rank's facts, before they were cut.
+        credit: This rank's credit, before it was cut.
+        ready: When learning could begin, in the seconds of ``time.perf_counter``.
     """
 
     number: int
     minibatches: list[MiniBatch]
     metrics: dict[str, float]
     rollout: RolloutBatch
+    credit: Credit
+    ready: float
 
 
 def run_phase(module: RLVRModule, number: int, reduce: Reduce) -> Phase:
@@ -50,7 +54,7 @@ def run_phase(module: RLVRModule, number: int, reduce: Reduce) -> Phase:
     rollout = replace(rollout, rewards=shape_rewards(module, rollout))
     with _timed(seconds, "time/credit_s"):
         ctx = CreditContext(step=number, update=module.trainer.global_step, reduce=reduce, seed=module.seed)
-        chain = credit_chain(module.trainer.callbacks)
+        chain = credit_chain(all_callbacks(module.trainer))
         credit = assign_credit(chain, rollout, base_credit(module, rollout), ctx)
         minibatches = cut(module, rollout, credit, owner, own_old, reduce)
     metrics = tally.read(reduce) | seconds | ctx.metrics
@@ -59,7 +63,7 @@ def run_phase(module: RLVRModule, number: int, reduce: Reduce) -> Phase:
     metrics["credit/kept_fraction"] = mean(reduce, (credit.weight > 0)[rollout.response_mask])
     metrics["time/phase_s"] = time.perf_counter() - started
     metrics["rollout/tokens_per_s"] = metrics["rollout/tokens"] / max(metrics["time/generate_s"], 1e-9)
-    return Phase(number, minibatches, metrics, rollout)
+    return Phase(number, minibatches, metrics, rollout, credit, time.perf_counter())
 
 
 def shape_rewards(module: RLVRModule, rollout: RolloutBatch) -> Tensor:
@@ -90,7 +94,9 @@ def cut(
     for number in range(module.batch.minibatches):
         rows = (owner == number).nonzero().squeeze(-1)
         mine = credit.rows(rows)
-        own_sums = torch.stack([mine.count.double().sum(), share[rows].double().sum(), torch.tensor(len(rows)).double()])
+        own_sums = torch.stack(
+            [mine.count.double().sum(), share[rows].double().sum(), torch.tensor(len(rows)).double()]
+        )
         count, shares, sequences = reduce.sum(own_sums).tolist()
         denominator = module.aggregation.denominator(count, sequences) if count else 0.0
         kl_denominator = module.aggregation.denominator(shares, sequences)
@@ -106,7 +112,9 @@ def _score(module: RLVRModule, rollout: RolloutBatch, reduce: Reduce) -> tuple[R
     """
     temperature, budget = module.sampling.temperature, module.batch.micro_tokens
     exact = module.engine.exact(str(module.trainer.precision))
-    read_before = bool(credit_chain(module.trainer.callbacks)) or (module.kl is not None and module.kl.where == "reward")
+    read_before = bool(credit_chain(all_callbacks(module.trainer))) or (
+        module.kl is not None and module.kl.where == "reward"
+    )
     own_old = not exact and module.batch.steps_per_phase == 1 and not read_before
     if not exact and not own_old:
         logprobs, entropies = score(module.policy, rollout, temperature, budget, reduce)

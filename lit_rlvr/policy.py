@@ -28,7 +28,9 @@ class Policy(nn.Module):
         self.hf = hf
         head = hf.get_output_embeddings()
         if type(head) is not nn.Linear:
-            raise ValueError(f"{type(hf).__name__} has a {type(head).__name__} as its head; only a plain nn.Linear works")
+            raise ValueError(
+                f"{type(hf).__name__} has a {type(head).__name__} as its head; only a plain nn.Linear works"
+            )
         self.transform = logit_transform(hf)
 
     @property
@@ -137,7 +139,7 @@ def load_policy(path: str, dtype: str = "float32", *, gradient_checkpointing: bo
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     config = AutoConfig.from_pretrained(path)
     for name, value in config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+        if isinstance(value, float) and ("drop" in name or "jitter" in name):
             setattr(config, name, 0.0)
     hf = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[dtype])
     if gradient_checkpointing:

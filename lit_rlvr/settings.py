@@ -60,7 +60,7 @@ class Evaluation(Sampling):
         top_k: Keep this many most likely tokens; 0 keeps all.
         stop: Strings that end a response.
         samples: Responses per prompt.
-        k: Report pass@k for these; null: for 1 and ``samples``.
+        k: Report pass@k for these; null: for ``samples``, where there are several. pass@1 is the same as mean@n.
 
     Raises:
         ValueError: When several greedy samples are asked for, which would all be the same, or a k is out of range.
@@ -81,4 +81,6 @@ class Evaluation(Sampling):
     @property
     def pass_k(self) -> list[int]:
         """The k of pass@k, ascending."""
-        return sorted({1, self.samples} if self.k is None else set(self.k))
+        if self.k is not None:
+            return sorted(set(self.k))
+        return [self.samples] if self.samples > 1 else []

@@ -71,7 +71,9 @@ class Warmup:
     def fingerprint(self, model: str, task: Task, template: Template, dtype: str) -> str:
         """A hash of everything that shapes the result."""
         if not is_dataclass(task):
-            raise ValueError(f"{type(task).__name__} must be a dataclass to be used for a warm start: its fields are hashed")
+            raise ValueError(
+                f"{type(task).__name__} must be a dataclass to be used for a warm start: its fields are hashed"
+            )
         facts = {
             "format": FORMAT, "warmup": asdict(self), "model": model, "dtype": dtype, "template": asdict(template),
             "task": [type(task).__module__, type(task).__qualname__, asdict(task)], "torch": torch.__version__,
@@ -118,7 +120,7 @@ class Warmup:
 
 
 class Demonstrations:
-    """Batches of demonstrations, as rollouts with nothing but tokens; prompts in a shuffled order, epoch after epoch."""
+    """Batches of demonstrations, as rollouts with nothing but tokens; prompts shuffled, epoch after epoch."""
 
     def __init__(self, warmup: Warmup, task: Task, template: Template, tokenizer: Any) -> None:
         self.warmup, self.task, self.template, self.tokenizer = warmup, task, template, tokenizer

@@ -80,9 +80,7 @@ class _Output:
     def finish(self) -> Generation:
         width = int(self.lengths.max()) if len(self.lengths) else 0
         mask = torch.arange(width, device=self.ids.device)[None, :] < self.lengths[:, None]
-        return Generation(
-            self.ids[:, :width], mask, self.logprobs[:, :width], self.entropies[:, :width], ~self.stopped
-        )
+        return Generation(self.ids[:, :width], mask, self.logprobs[:, :width], self.entropies[:, :width], ~self.stopped)
 
 
 def _decode(
@@ -142,9 +140,9 @@ def end_tokens(policy: Policy, tokenizer: Any) -> Tensor:
 
 
 def _hit_stop_string(tokenizer: Any, ids: Tensor, stop: list[str]) -> Tensor:
-    """Whether the text's end contains a stop string [n]; the window is wide enough for one token per character."""
+    """Whether the text's end contains a stop string [n]; the window is wide enough for four tokens per character."""
     if not stop:
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    window = max(len(s) for s in stop) + 4
+    window = 4 * max(len(s) for s in stop) + 4
     texts = tokenizer.batch_decode(ids[:, -window:])
     return torch.tensor([any(s in text for s in stop) for text in texts], device=ids.device)

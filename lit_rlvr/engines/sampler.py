@@ -55,7 +55,7 @@ def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Drawn:
 def inverse_cdf(p: Tensor, uniforms: Tensor) -> Tensor:
     """Index [n] at which the cumulative sum of unnormalised ``p`` [n, V] passes ``uniforms`` [n] of its total.
 
-    Two levels, blocks and then one block, in float64: a float32 running sum over a large vocabulary would lose the tail.
+    Two levels, blocks and then one block, in float64: a float32 running sum over a large vocabulary loses the tail.
     """
     rows, vocabulary = p.shape
     padded = torch.nn.functional.pad(p, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)

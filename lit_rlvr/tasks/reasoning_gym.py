@@ -11,7 +11,7 @@ from typing import Any
 from lit_rlvr.tasks.base import Prompt, Score, Split, Task
 
 FULL_SCORE = 0.99
-"""reasoning-gym gives partial credit, even for an answer that merely contains the right one; less than this is wrong."""
+"""reasoning-gym gives partial credit, even for an answer that merely contains the right one; less is wrong."""
 
 INSTRUCTION = "\nGive the final answer between <answer> and </answer>."
 
@@ -55,9 +55,7 @@ class ReasoningGym(Task):
 
         try:
             return {
-                split: reasoning_gym.create_dataset(
-                    self.dataset, size=size, seed=self.seed * 3 + offset, **self.config
-                )
+                split: reasoning_gym.create_dataset(self.dataset, size=size, seed=self.seed * 3 + offset, **self.config)
                 for offset, (split, size) in enumerate(
                     (("train", self.train_size), ("val", self.val_size), ("test", self.val_size))
                 )

@@ -120,9 +120,9 @@ class Verifier:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line.
+    r"""An exception in one line.
 
-    >>> describe(ValueError("no\\nanswer"))
+    >>> describe(ValueError("no\nanswer"))
     'ValueError: no answer'
     """
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

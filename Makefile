@@ -1,0 +1,43 @@
+# Every target sets up its own virtual environment first; nothing but Python 3.11+ and make is needed.
+PYTHON ?= python3.11
+VENV ?= .venv
+RUN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+SEED ?= 0
+
+.PHONY: help setup quickstart test check slow seeds docs clean
+
+help:            ## List the targets.
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --upgrade pip
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	@touch $@
+
+setup: $(STAMP)  ## Create the virtual environment and install everything.
+
+quickstart: setup ## Train for real on this machine's CPU, in about a minute.
+	$(RUN)/lit-rlvr fit --config configs/quickstart.yaml --seed_everything=$(SEED)
+
+test: setup      ## Run the tests.
+	$(RUN)/python -m pytest
+
+slow: setup      ## Run the slow tests.
+	$(RUN)/python -m pytest -m slow
+
+check: setup     ## Linters, type checkers, import contract, doctests and tests.
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/pyright
+	$(RUN)/lint-imports
+	$(RUN)/python -m pytest
+
+seeds: setup     ## The quickstart on seeds 0, 1 and 2, and the bottom-80 % control; about five minutes.
+	$(RUN)/python -m pytest -m long tests/test_quickstart.py
+
+clean:           ## Remove the virtual environment and caches.
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

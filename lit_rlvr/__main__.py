@@ -1,0 +1,41 @@
+"""``lit-rlvr``: a thin dispatcher, so that ``--help`` and ``--version`` do not wait for torch."""
+
+from __future__ import annotations
+
+import sys
+
+HELP = """usage: lit-rlvr <command> [options]
+
+Reinforcement learning with verifiable rewards, where choosing which tokens learn is a callback.
+
+commands:
+  fit        train a policy           lit-rlvr fit --config configs/quickstart.yaml
+  validate   evaluate on held-out validation problems
+  test       evaluate on held-out test problems
+  warmup     supervised warm start on a task's demonstrations, kept in a cache
+
+lit-rlvr <command> --help lists a command's options; --print_config prints the configuration that they make.
+Several --config files are layered; options on the command line come last:
+
+  lit-rlvr fit --config configs/quickstart.yaml --config configs/callbacks/position.yaml --model.seed=1
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from lit_rlvr import __version__
+
+        print(f"lit-rlvr {__version__}")
+        return 0
+    from lit_rlvr.cli import run
+
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The command line: Lightning's CLI over OmegaConf YAML, with this package's defaults."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import entry_points
+from typing import Any
+
+from lit_rlvr.terminal import console, quiet_libraries, set_up_logging
+
+quiet_libraries()
+
+import lightning.pytorch as pl  # noqa: E402
+from jsonargparse import set_parsing_settings  # noqa: E402
+from jsonargparse.typing import lazy_instance  # noqa: E402
+from lightning.pytorch.callbacks import Callback  # noqa: E402
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+
+from lit_rlvr.data import RLVRDataModule  # noqa: E402
+from lit_rlvr.module import RLVRModule  # noqa: E402
+from lit_rlvr.progress import RLVRProgress  # noqa: E402
+from lit_rlvr.report import Report  # noqa: E402
+from lit_rlvr.rollout_pages import RolloutPages  # noqa: E402
+from lit_rlvr.saving import SavePolicy  # noqa: E402
+from lit_rlvr.tracking import MLflow, RunRecord, SaveConfig  # noqa: E402
+from lit_rlvr.warmup import Warmup  # noqa: E402
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "logger": lazy_instance(MLflow),
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 100,
+    "use_distributed_sampler": False,
+    "inference_mode": False,
+    "enable_model_summary": False,
+    "gradient_clip_val": 1.0,
+}
+
+STANDARD_CALLBACKS = (RLVRProgress, RolloutPages, SavePolicy, RunRecord, Report)
+"""In every ``fit`` of the command line; one of the same class in the configuration takes its place."""
+
+
+class RLVRTrainer(pl.Trainer):
+    """Lightning's Trainer with the one command that it lacks."""
+
+    def warmup(self, model: RLVRModule, datamodule: RLVRDataModule) -> None:
+        """Warm-start the policy on the task's demonstrations and print the folder that holds it."""
+
+
+class CLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``warmup``."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        commands = LightningCLI.subcommands()
+        return {**{n: commands[n] for n in ("fit", "validate", "test")}, "warmup": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--warmup", type=Warmup | None, default=None,
+            help="Supervised warm start of model.model before fit; kept in a cache. Null: none.",
+        )  # fmt: skip
+        parser.add_argument("--quiet", type=bool, default=False, help="Print warnings and results only.")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: YAML and command line stand above what a checkpoint remembers."""
+
+    def before_instantiate_classes(self) -> None:
+        set_up_logging(quiet=self._get(self.config, "quiet"))
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if self.subcommand == "fit":
+            given = given + [cls() for cls in STANDARD_CALLBACKS if not any(isinstance(c, cls) for c in given)]
+        elif not any(isinstance(c, RLVRProgress) for c in given):
+            given = [*given, RLVRProgress()]
+        if self._get(self.config, "quiet"):
+            for callback in given:
+                if isinstance(callback, RLVRProgress):
+                    callback.disable()
+        return super()._instantiate_trainer({**config, "callbacks": given}, callbacks)
+
+    def before_fit(self) -> None:
+        if (folder := self._warm_start()) is not None:
+            self.model.start_from(folder)
+
+    def warmup(self, **_: Any) -> None:
+        """The ``warmup`` command."""
+        folder = self._warm_start()
+        if folder is None:
+            raise ValueError(
+                "there is nothing to do: the configuration has no `warmup` section; add --warmup.steps=700"
+            )
+        print(folder)
+
+    def _warm_start(self) -> str | None:
+        settings: Warmup | None = self._get(self.config_init, "warmup")
+        if settings is None:
+            return None
+        data: RLVRDataModule = self.datamodule
+        return str(settings.run(self.model.model, data.task, data.template, self.model.dtype_name))
+
+
+def load_callbacks() -> None:
+    """Import every installed package of callbacks, so that YAML may use their short names."""
+    for point in entry_points(group="lit_rlvr.callbacks"):
+        point.load()
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command; user errors become one sentence. ``LIT_RLVR_DEBUG=1`` shows the traceback instead."""
+    load_callbacks()
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    usage = {name: {"parser_mode": "omegaconf+", "usage": f"lit-rlvr {name} [options]"} for name in CLI.subcommands()}
+    sys.argv = [sys.argv[0], *arguments]  # what Lightning's launchers start other ranks with
+    try:
+        CLI(
+            RLVRModule,
+            RLVRDataModule,
+            save_config_callback=SaveConfig,
+            trainer_class=RLVRTrainer,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": "omegaconf+", "usage": "lit-rlvr <command> [options]", **usage},
+            auto_configure_optimizers=False,
+        )
+    except (ValueError, RuntimeError, OSError, OmegaConfBaseException) as error:
+        if os.environ.get("LIT_RLVR_DEBUG"):
+            raise
+        console().print(f"lit-rlvr: error: {error}", markup=False)
+        return 2
+    return 0

@@ -1,0 +1,85 @@
+"""The closing table: what training did to the policy on held-out problems."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from rich.table import Table
+
+from lit_rlvr.credit import all_callbacks
+from lit_rlvr.models import resolve_model
+from lit_rlvr.policy import load_policy
+from lit_rlvr.saving import SavePolicy
+from lit_rlvr.terminal import console
+from lit_rlvr.tracking import MLflow
+
+
+class Report(Callback):
+    """Evaluates before and after training, prints both as a table and says where everything lies.
+
+    Also writes ``report.json`` into the trainer's ``default_root_dir``.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, float]] = {}
+        self._started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._started = time.perf_counter()
+        if pl_module.base is not None:
+            policy = pl_module.policy
+            pl_module.policy = load_policy(resolve_model(pl_module.base), pl_module.dtype_name).to(pl_module.device)
+            self.rows["base"] = pl_module.evaluator.run(pl_module)
+            pl_module.policy = policy
+        before = "before training" if pl_module.base is None else "after warm start"
+        self.rows[before] = pl_module.evaluator.run(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.rows["after RLVR"] = pl_module.evaluator.run(pl_module)
+        if not trainer.is_global_zero:
+            return
+        seconds = time.perf_counter() - self._started
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {"seed": pl_module.seed, "seconds": seconds, "steps": trainer.global_step, "evaluations": self.rows}
+        (folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n")
+        console().print(closing_table(self.rows))
+        console().print(f"seed {pl_module.seed}, {trainer.global_step} optimiser steps, {seconds:.0f} s")
+        for name, place in places(trainer).items():
+            console().print(f"  {name:<16} {place}")
+
+
+def closing_table(rows: dict[str, dict[str, float]]) -> Table:
+    """A table with one row per evaluated policy: accuracies, then entropy and length of the first evaluation."""
+    table = Table(title="held-out problems", title_justify="left")
+    table.add_column("policy")
+    metrics = {name: None for row in rows.values() for name in row}
+    ways = list(dict.fromkeys(name.split("/")[0] for name in metrics))
+    shown = [n for n in metrics if n.split("/")[1].startswith(("mean_at", "maj_at"))]
+    shown += [n for n in metrics if "pass_at" in n and not n.endswith("pass_at_1")]
+    shown += [f"{ways[0]}/{n}" for n in ("entropy", "length", "truncated")]
+    for name in shown:
+        table.add_column(name.replace("/", "\n").replace("_at_", "@"), justify="right")
+    for policy, row in rows.items():
+        table.add_row(policy, *(f"{row[name]:.3f}" if name in row else "–" for name in shown))
+    return table
+
+
+def places(trainer: Any) -> dict[str, str]:
+    """Where the run's results lie."""
+    root = Path(trainer.default_root_dir)
+    found = {"report": str(root / "report.json")}
+    for callback in all_callbacks(trainer):
+        if isinstance(callback, SavePolicy):
+            found["trained model"] = str(callback.folder or root / "policy")
+    if (root / "rollouts").exists():
+        found["rollouts"] = str(root / "rollouts" / "index.html")
+    for logger in trainer.loggers:
+        if isinstance(logger, MLflow):
+            found["MLflow run"] = f"{logger.run_id} in {logger.tracking_uri}"
+    return found

@@ -1,0 +1,163 @@
+"""MLflow: a logger with working defaults, and a record of what was run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_rlvr.credit import all_callbacks, credit_chain, describe_chain
+
+PACKAGES = ("lit-rlvr", "torch", "lightning", "transformers", "torchmetrics", "mlflow")
+
+
+class MLflow(MLFlowLogger):
+    """MLflow with a database that works out of the box; only the first rank opens it.
+
+    Look at the runs with ``mlflow ui --backend-store-uri sqlite:///mlflow.db``.
+
+    Args:
+        tracking_uri: Where runs are kept; null: ``$MLFLOW_TRACKING_URI``, or ``sqlite:///mlflow.db``.
+        experiment_name: Experiment that the run belongs to.
+        run_name: Name of the run; null: MLflow makes one up.
+        run_id: Continue this run.
+        artifact_location: Where a new experiment keeps files; null: ``mlruns`` beside the database.
+        log_model: Upload the trained policy's folder at the end of training.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str | None = None,
+        experiment_name: str = "lit-rlvr",
+        run_name: str | None = None,
+        run_id: str | None = None,
+        artifact_location: str | None = None,
+        log_model: bool = True,
+    ) -> None:
+        self.tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        self.log_policy = log_model
+        arguments: dict[str, Any] = {"artifact_location": artifact_location, "run_id": run_id}
+        self._prepare(experiment_name, run_name, **arguments)
+
+    @rank_zero_only
+    def _prepare(self, experiment_name: str, run_name: str | None, **arguments: Any) -> None:
+        super().__init__(experiment_name, run_name, self.tracking_uri, save_dir=None, **arguments)
+
+    @property
+    def client(self) -> Any:
+        """MLflow's client, with the run open. First rank only."""
+        return self.experiment
+
+    def log_text(self, text: str, name: str) -> None:
+        """Store ``text`` as the artifact ``name``."""
+        self.client.log_text(self.run_id, text, name)
+
+    def log_folder(self, folder: Path, name: str) -> None:
+        """Store a folder as the artifact ``name``."""
+        self.client.log_artifacts(self.run_id, str(folder), name)
+
+    def tag(self, **tags: str) -> None:
+        """Set tags of the run."""
+        for name, value in tags.items():
+            self.client.set_tag(self.run_id, name, value)
+
+    @rank_zero_only
+    def log_params_once(self, params: dict[str, Any]) -> None:
+        """Log parameters; one that a resumed run has already with another value becomes a ``resumed.`` tag."""
+        have = self.client.get_run(self.run_id).data.params
+        fresh = {}
+        for name, value in params.items():
+            text = str(value)[:250]
+            if name not in have:
+                fresh[name] = text
+            elif have[name] != text:
+                self.tag(**{f"resumed.{name}": text})
+        self.log_hyperparams(fresh)
+
+
+def mlflow_loggers(trainer: pl.Trainer) -> list[MLflow]:
+    """The trainer's MLflow loggers, on the first rank; none elsewhere."""
+    return [x for x in trainer.loggers if isinstance(x, MLflow)] if trainer.is_global_zero else []
+
+
+class RunRecord(Callback):
+    """Tells MLflow what was run: task, algorithm, credit, versions and git commit; and keeps the trained policy."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        for logger in mlflow_loggers(trainer):
+            logger.tag(
+                task=repr(pl_module.data.task)[:500],
+                algorithm=describe_algorithm(pl_module),
+                credit=describe_chain(credit_chain(all_callbacks(trainer))),
+                model=pl_module.base or pl_module.model,
+                git_commit=git_commit(),
+                **{f"version.{name}": version(name) for name in PACKAGES},
+            )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        from lit_rlvr.saving import SavePolicy
+
+        for logger in mlflow_loggers(trainer):
+            for callback in all_callbacks(trainer):
+                if logger.log_policy and isinstance(callback, SavePolicy) and callback.saved is not None:
+                    logger.log_folder(callback.saved, "policy")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the resolved configuration: ``config.yaml`` in ``default_root_dir``, parameters and artifact in MLflow."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        text = self.parser.dump(self.config, skip_none=False)
+        if stage == "fit":
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(text)
+        for logger in mlflow_loggers(trainer):
+            logger.log_text(text, "config.yaml")
+            logger.log_params_once(flatten(self.config.as_dict()))
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names; empty ones are left out.
+
+    >>> flatten({"a": {"b": 1, "c": None}, "d": [{"e": 2}]})
+    {'a.b': 1, 'd.0.e': 2}
+    """
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list):
+        items = {str(i): value for i, value in enumerate(tree)}.items()
+    else:
+        return {} if tree is None else {prefix.removesuffix("."): tree}
+    return {name: value for key, branch in items for name, value in flatten(branch, f"{prefix}{key}.").items()}
+
+
+def describe_algorithm(module: Any) -> str:
+    """The algorithm's parts in one line."""
+    parts = [module.advantage, module.loss, module.aggregation, module.kl, module.overlong, module.dynamic_sampling]
+    return " + ".join(repr(part) for part in parts if part is not None)[:500]
+
+
+def git_commit() -> str:
+    """The commit of the working folder, with ``+changes`` when files differ from it; ``none`` outside a repository."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
