@@ -117,9 +117,12 @@ class RolloutBatch(_Tensors):
     def rows(self, index: Tensor) -> Self:
         """Return the rows that ``index`` [n] names, texts and prompts included."""
         picked = index.tolist()
-        moved: Any = self._map(lambda tensor: tensor[index.to(tensor.device)])
-        prompts = tuple(self.prompts[i] for i in picked) if self.prompts else ()
-        return replace(moved, prompts=prompts, texts=tuple(self.texts[i] for i in picked) if self.texts else ())
+        bare = replace(self, prompts=(), texts=())  # their number is checked against the rows
+        return replace(
+            bare._map(lambda tensor: tensor[index.to(tensor.device)]),
+            prompts=tuple(self.prompts[i] for i in picked) if self.prompts else (),
+            texts=tuple(self.texts[i] for i in picked) if self.texts else (),
+        )
 
     def token_order(self) -> Tensor:
         """Return a unique 63-bit integer for every token [B, T], by (position, draw, sample).

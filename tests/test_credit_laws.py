@@ -1,0 +1,281 @@
+"""The laws of credit, checked for every callback of ``lit_rlvr_callbacks``: one table, one test per law."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import lit_rlvr_callbacks
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lit_rlvr_callbacks import EntropyTopK, PerplexityShaping, PositionShaping, StageDetector
+from rollouts import ThreadedReduce, narrow, phases, random_credit, random_rollout, rollouts, run_ranks, widen
+from torch import Tensor
+from torch.testing import assert_close
+
+from lit_rlvr.credit import CreditCallback, CreditContext, assign_credit
+from lit_rlvr.reduce import LocalReduce, Reduce
+from lit_rlvr.types import Credit, RolloutBatch
+
+ROOT = Path(__file__).parents[1]
+Make = Callable[[], CreditCallback]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A class of callbacks: its file in ``configs/callbacks``, instances that act, and instances that change nothing."""
+
+    config: str
+    active: dict[str, Make]
+    neutral: dict[str, Make]
+
+
+TABLE: dict[str, Entry] = {
+    "EntropyTopK": Entry(
+        "entropy_topk",
+        {
+            "top": lambda: EntropyTopK(rho=0.3),
+            "top, all": lambda: EntropyTopK(rho=0.3, normalize="all"),
+            "bottom": lambda: EntropyTopK(rho=0.6, select="bottom"),
+            "bottom, all": lambda: EntropyTopK(rho=0.6, select="bottom", normalize="all"),
+            "random": lambda: EntropyTopK(rho=0.5, select="random"),
+            "random, all": lambda: EntropyTopK(rho=0.5, select="random", normalize="all"),
+        },
+        {
+            "top": lambda: EntropyTopK(rho=1.0),
+            "bottom, all": lambda: EntropyTopK(rho=1.0, select="bottom", normalize="all"),
+            "random": lambda: EntropyTopK(rho=1.0, select="random"),
+        },
+    ),
+    "PerplexityShaping": Entry(
+        "perplexity",
+        {"low": lambda: PerplexityShaping(alpha=0.1), "high": lambda: PerplexityShaping(alpha=-0.1)},
+        {"alpha 0": lambda: PerplexityShaping(alpha=0.0)},
+    ),
+    "PositionShaping": Entry(
+        "position",
+        {"end": lambda: PositionShaping(gamma=0.4), "window": lambda: PositionShaping(first_step=5, last_step=5)},
+        {
+            "gamma 0": lambda: PositionShaping(gamma=0.0),
+            "cap 0": lambda: PositionShaping(cap=0.0),
+            "before its window": lambda: PositionShaping(first_step=6),
+        },
+    ),
+    "StageDetector": Entry(
+        "stage",
+        {
+            "detect": lambda: StageDetector(window=1, patience=1, drop=0.5, smoothing=0.7),
+            "fixed": lambda: StageDetector(at_step=6),
+        },
+        {"defaults": lambda: StageDetector(), "plateau": lambda: StageDetector(at_step=0)},
+    ),
+}
+STEP = 5
+"""The rollout phase in which the laws are tried."""
+
+active = pytest.mark.parametrize(
+    "make", [pytest.param(m, id=f"{n}: {i}") for n, entry in TABLE.items() for i, m in entry.active.items()]
+)
+neutral = pytest.mark.parametrize(
+    "make", [pytest.param(m, id=f"{n}: {i}") for n, entry in TABLE.items() for i, m in entry.neutral.items()]
+)
+few = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a callback did in one phase."""
+
+    credit: Credit
+    metrics: dict[str, float]
+    stage: str | None
+    state: dict[str, Any]
+
+
+def act(
+    callback: CreditCallback, rollout: RolloutBatch, credit: Credit, reduce: Reduce | None = None, step: int = STEP
+) -> Outcome:
+    """One phase of one callback through the driver, which checks shape, finiteness, signs and the mask."""
+    ctx = CreditContext(step=step, reduce=reduce or LocalReduce(), seed=3)
+    after = assign_credit([callback], rollout, credit, ctx)
+    return Outcome(after, ctx.metrics, ctx.stage, callback.state_dict())
+
+
+def tensors(record: RolloutBatch | Credit) -> dict[str, Tensor]:
+    """Copies of the record's tensors by name."""
+    return {f.name: v.clone() for f in fields(record) if isinstance(v := getattr(record, f.name), Tensor)}
+
+
+def assert_equal(one: Credit, other: Credit) -> None:
+    """The same credit, bit by bit."""
+    assert_close(tensors(one), tensors(other), rtol=0, atol=0)
+
+
+def assert_same(one: Credit, other: Credit) -> None:
+    """The same choice of tokens, bit by bit; advantages may differ in the order that sums were taken in."""
+    assert torch.equal(one.weight, other.weight)
+    assert torch.equal(one.count, other.count)
+    assert_close(one.advantage, other.advantage)
+
+
+def test_every_callback_of_the_package_stands_in_the_table() -> None:
+    """A new class needs an entry here, and with it a README row and a configuration."""
+    assert sorted(TABLE) == sorted(lit_rlvr_callbacks.__all__)
+    for name, entry in TABLE.items():
+        for make in (*entry.active.values(), *entry.neutral.values()):
+            assert type(make()) is getattr(lit_rlvr_callbacks, name)
+
+
+@active
+def test_the_instances_of_the_table_do_something(make: Make) -> None:
+    """Otherwise the laws below would hold for nothing. A detector acts by naming stages."""
+    rollout = random_rollout([4, 4, 3], 8, seed=1)
+    credit = random_credit(rollout, seed=2)
+    callback = make()
+    if callback.stage() is None:
+        after = act(callback, rollout, credit).credit
+        assert any(not torch.equal(tensors(after)[name], before) for name, before in tensors(credit).items())
+    else:
+        assert {act(callback, rollout, credit, step=step).stage for step in range(10)} == {"rising", "plateau"}
+
+
+@active
+@few
+@given(phases())
+def test_inputs_stay_as_they_are(make: Make, phase: tuple[RolloutBatch, Credit]) -> None:
+    """Neither the facts nor the credit that came in are edited."""
+    before = [tensors(record) for record in phase]
+    act(make(), *phase)
+    assert_close([tensors(record) for record in phase], before, rtol=0, atol=0)
+
+
+@active
+@few
+@given(phases())
+def test_the_output_is_lawful_credit(make: Make, phase: tuple[RolloutBatch, Credit]) -> None:
+    """Shapes and dtypes kept, finite everywhere, weight and count at least 0 and 0 off the mask."""
+    rollout, credit = phase
+    after = tensors(act(make(), rollout, credit).credit)
+    for name, before in tensors(credit).items():
+        assert after[name].shape == before.shape
+        assert after[name].dtype == before.dtype
+        assert bool(torch.isfinite(after[name]).all())
+    for name in ("weight", "count"):
+        assert bool((after[name] >= 0).all())
+        assert not bool(after[name][~rollout.response_mask].any())
+
+
+@active
+@few
+@given(phases(), st.randoms(use_true_random=False))
+def test_permuting_rows_permutes_the_output(make: Make, phase: tuple[RolloutBatch, Credit], rng: Any) -> None:
+    """Nothing depends on where a row stands."""
+    rollout, credit = phase
+    order = torch.tensor(rng.sample(range(len(rollout)), len(rollout)))
+    one, other = act(make(), rollout, credit), act(make(), rollout.rows(order), credit.rows(order))
+    assert_same(other.credit, one.credit.rows(order))
+    assert other.metrics == pytest.approx(one.metrics)
+
+
+@active
+@few
+@given(phases(), st.integers(1, 9))
+def test_more_padding_changes_nothing(make: Make, phase: tuple[RolloutBatch, Credit], extra: int) -> None:
+    """The padding's own numbers are never read, and its credit stays 0."""
+    rollout, credit = phase
+    one = act(make(), rollout, credit)
+    wide_rollout, wide_credit = widen(rollout, credit, extra)
+    other = act(make(), wide_rollout, wide_credit)
+    width = rollout.response_mask.shape[1]
+    assert_same(Credit(*(t[:, :width] for t in tensors(other.credit).values())), one.credit)
+    assert not any(bool(t[:, width:].any()) for t in tensors(other.credit).values())
+    assert other.metrics == pytest.approx(one.metrics)
+
+
+@active
+@few
+@given(phases(), st.lists(st.integers(0, 1), min_size=4, max_size=4))
+def test_two_ranks_are_one_process(make: Make, phase: tuple[RolloutBatch, Credit], homes: list[int]) -> None:
+    """Whole groups on each rank, each padded to its own longest row; a rank may be without rows."""
+    rollout, credit = phase
+    place = {int(draw): homes[i] for i, draw in enumerate(rollout.group.unique())}
+    rows = [torch.tensor([i for i, d in enumerate(rollout.group.tolist()) if place[d] == r]).long() for r in (0, 1)]
+
+    def rank(reduce: ThreadedReduce) -> Outcome:
+        return act(make(), *narrow(rollout.rows(rows[reduce.rank]), credit.rows(rows[reduce.rank])), reduce)
+
+    whole, parts = act(make(), rollout, credit), run_ranks(2, rank)
+    for part, mine in zip(parts, rows, strict=True):
+        assert_same(part.credit, narrow(rollout.rows(mine), whole.credit.rows(mine))[1])
+        assert part.metrics == pytest.approx(whole.metrics)
+        assert part.stage == whole.stage
+    assert parts[0].metrics == parts[1].metrics
+    assert parts[0].state == parts[1].state, "only rank 0's state is saved"
+
+
+@active
+@few
+@given(st.lists(rollouts(groups=2, samples=3), min_size=2, max_size=5), st.integers(1, 4))
+def test_saved_state_gives_the_same_output(make: Make, run: list[RolloutBatch], cut: int) -> None:
+    """Plain values and tensors go through a checkpoint, and the run goes on as if it had not stopped."""
+    phases_ = [(rollout, random_credit(rollout, seed), seed + STEP - 2) for seed, rollout in enumerate(run)]
+    straight, stopped = make(), make()
+    for rollout, credit, step in phases_[:cut]:
+        act(straight, rollout, credit, step=step)
+        act(stopped, rollout, credit, step=step)
+    file = io.BytesIO()
+    torch.save(stopped.state_dict(), file)
+    resumed = make()
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for rollout, credit, step in phases_[cut:]:
+        one, other = (act(c, rollout, credit, step=step) for c in (straight, resumed))
+        assert_equal(one.credit, other.credit)
+        assert (one.metrics, one.stage, one.state) == (other.metrics, other.stage, other.state)
+
+
+@neutral
+@few
+@given(phases())
+def test_neutral_parameters_are_the_identity(make: Make, phase: tuple[RolloutBatch, Credit]) -> None:
+    """Bit by bit."""
+    assert_equal(act(make(), *phase).credit, phase[1])
+
+
+@active
+@few
+@given(phases())
+def test_assign_twice_gives_the_same(make: Make, phase: tuple[RolloutBatch, Credit]) -> None:
+    """Only ``observe`` changes state; nothing is drawn from a generator that moves on."""
+    rollout, credit = phase
+    callback = make()
+    callback.observe(rollout, CreditContext(step=STEP))
+    state, generator = callback.state_dict(), torch.get_rng_state()
+    one, other = (callback.assign(credit, rollout, CreditContext(step=STEP, seed=3)) for _ in range(2))
+    assert_equal(one, other)
+    assert callback.state_dict() == state
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_it_is_documented(name: str) -> None:
+    """A README row that names its configuration, and a configuration that makes an instance."""
+    rows = [line for line in (ROOT / "callbacks/README.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    assert len(rows) == 1
+    file = f"configs/callbacks/{TABLE[name].config}.yaml"
+    assert f"({Path('..') / file})" in rows[0]
+    text = (ROOT / file).read_text()
+    assert text.startswith("# ")
+    fragment = yaml.safe_load(text)
+    assert list(fragment) == ["trainer"]
+    assert list(fragment["trainer"]) == ["callbacks+"]
+    (entry,) = fragment["trainer"]["callbacks+"]
+    assert entry["class_path"] == name
+    made = getattr(lit_rlvr_callbacks, name)(**entry["init_args"])
+    assert {key: getattr(made, key) for key in entry["init_args"]} == entry["init_args"]
