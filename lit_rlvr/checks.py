@@ -30,10 +30,10 @@ def check_algorithm(module: RLVRModule) -> None:
     if module.dynamic_sampling is not None and module.batch.responses < 2:
         raise ValueError("dynamic_sampling keeps groups with right and wrong responses: batch.responses must be >= 2")
     overlong, limit = module.overlong, module.sampling.max_new_tokens
-    if overlong is not None and overlong.max_length is None and overlong.buffer > limit:
+    if overlong is not None and overlong.width(limit) > limit:
         raise ValueError(
-            f"overlong.buffer={overlong.buffer} is longer than sampling.max_new_tokens={limit}: "
-            "every response would be punished"
+            f"overlong.buffer={overlong.buffer} is wider than sampling.max_new_tokens={limit}: every response would be "
+            "punished"
         )
     if module.reference_path is not None and module.kl is None:
         raise ValueError("a reference model is given, but nothing uses it: kl is null")

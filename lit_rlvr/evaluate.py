@@ -29,6 +29,8 @@ class Evaluator(torch.nn.Module):
     def __init__(self, evaluations: dict[str, Evaluation]) -> None:
         super().__init__()
         self.evaluations = evaluations
+        self.latest: dict[str, float] = {}
+        self.latest_step = -1
         self.metrics = torch.nn.ModuleDict({n: EvaluationMetrics(e.samples, e.pass_k) for n, e in evaluations.items()})
 
     def update(self, module: RLVRModule, prompts: Sequence[EncodedPrompt]) -> None:
@@ -47,16 +49,17 @@ class Evaluator(torch.nn.Module):
             assert isinstance(metrics, EvaluationMetrics)
             metrics.update(verdicts.scores, out)
 
-    def compute(self) -> dict[str, float]:
-        """``<way>/<metric>`` over all ranks; starts afresh."""
+    def finish(self, step: int) -> dict[str, float]:
+        """``<way>/<metric>`` over all ranks; kept as ``latest`` with its optimiser ``step``, and starts afresh."""
         out: dict[str, float] = {}
         for name, metrics in self.metrics.items():
             assert isinstance(metrics, EvaluationMetrics)
             out |= {f"{name}/{metric}": value for metric, value in metrics.compute().items()}
+        self.latest, self.latest_step = out, step
         return out
 
     def run(self, module: RLVRModule) -> dict[str, float]:
         """Evaluate all validation prompts at once, outside of the Trainer's own validation; every rank calls it."""
         for ticket in module.data.val_dataloader():
             module.validation_step(ticket, 0)
-        return self.compute()
+        return self.finish(module.trainer.global_step)

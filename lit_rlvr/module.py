@@ -261,13 +261,15 @@ class RLVRModule(pl.LightningModule):
         self.evaluator.update(self, prompts[self.reduce.rank :: self.reduce.world_size])
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict({f"val/{name}": value for name, value in self.evaluator.compute().items()})
+        self.evaluator.finish(self.trainer.global_step)
+        self.log_dict({f"val/{name}": value for name, value in self.evaluator.latest.items()})
 
     def test_step(self, batch: EvalTicket, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        self.log_dict({f"test/{name}": value for name, value in self.evaluator.compute().items()})
+        self.evaluator.finish(self.trainer.global_step)
+        self.log_dict({f"test/{name}": value for name, value in self.evaluator.latest.items()})
 
     # -- saving --------------------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class RLVRProgress(ProgressBar):
         self._bar: Progress | None = None
         self._task: Any = None
         self._said = 0.0
-        self._header = False
+        self._header = self._shown = False
 
     def disable(self) -> None:
         self.quiet = True
@@ -80,7 +80,7 @@ class RLVRProgress(ProgressBar):
             metrics["time/learn_s"] = now - pl_module.phase.ready
             self._recent.append({"step": trainer.global_step, **metrics})
             if self._live is None:
-                self._say(trainer, now)
+                self._say(now)
         if self._live is not None:
             self._live.update(self._render())
 
@@ -93,9 +93,8 @@ class RLVRProgress(ProgressBar):
             console().print(f"validation at step {trainer.global_step}: {listed}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._live is None and self._bar is not None and self._recent:
-            self._said = 0.0
-            self._say(trainer, time.perf_counter())
+        if self._live is None and self._bar is not None and self._recent and not self._shown:
+            self._say(float("inf"))
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -119,8 +118,9 @@ class RLVRProgress(ProgressBar):
         assert self._bar is not None
         return Group(table, self._bar)
 
-    def _say(self, trainer: pl.Trainer, now: float) -> None:
-        if now - self._said < self.interval:
+    def _say(self, now: float) -> None:
+        self._shown = now - self._said >= self.interval
+        if not self._shown:
             return
         if not self._header:
             console().print("".join(f"{heading:>10}" for heading in COLUMNS))

@@ -40,7 +40,9 @@ class Report(Callback):
         self.rows[before] = pl_module.evaluator.run(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.rows["after RLVR"] = pl_module.evaluator.run(pl_module)
+        evaluator = pl_module.evaluator
+        fresh = evaluator.latest_step == trainer.global_step and trainer.global_step > 0
+        self.rows["after RLVR"] = evaluator.latest if fresh else evaluator.run(pl_module)
         if not trainer.is_global_zero:
             return
         seconds = time.perf_counter() - self._started

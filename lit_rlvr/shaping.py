@@ -11,31 +11,38 @@ from lit_rlvr.advantages import group_sum
 
 @dataclass(frozen=True)
 class OverlongPenalty:
-    """A linear penalty on the last ``buffer`` tokens before the length limit.
+    """A linear penalty on the last tokens before the length limit.
 
-    R += factor * min(-(L - (max_length - buffer)) / buffer, 0). Source: DAPO (arXiv 2503.14476), Eq. 13.
+    R += factor * min(-(L - (L_max - buffer)) / buffer, 0). Source: DAPO (arXiv 2503.14476), Eq. 13, with a buffer of
+    4096 in 20480 tokens: a share of 0.2.
 
     Args:
-        buffer: Width of the penalised zone, in tokens.
+        buffer: Width of the penalised zone, in tokens; null: ``share`` of the limit.
+        share: Width of the penalised zone as a share of the limit, where ``buffer`` is null.
         factor: Penalty at the limit.
-        max_length: Length at which the full penalty applies, in tokens; null: the rollout's ``max_new_tokens``.
 
     Raises:
-        ValueError: When the buffer does not fit.
+        ValueError: When the zone is empty, or wider than the limit.
     """
 
-    buffer: int = 4096
+    buffer: int | None = None
+    share: float = 0.2
     factor: float = 1.0
-    max_length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.buffer < 1 or (self.max_length is not None and self.buffer > self.max_length):
-            raise ValueError(f"overlong.buffer must lie in 1..max_length, got {self.buffer} of {self.max_length}")
+        if self.buffer is not None and self.buffer < 1:
+            raise ValueError(f"overlong.buffer must be at least 1 token, got {self.buffer}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"overlong.share must lie in (0, 1], got {self.share}")
+
+    def width(self, limit: int) -> int:
+        """Width of the penalised zone in tokens, under the limit of ``limit`` tokens."""
+        return max(1, round(self.share * limit)) if self.buffer is None else self.buffer
 
     def __call__(self, lengths: Tensor, limit: int) -> Tensor:
         """The penalty [B] (<= 0) of responses of ``lengths`` [B] tokens under the limit of ``limit`` tokens."""
-        start = (self.max_length or limit) - self.buffer
-        return self.factor * (-(lengths - start) / self.buffer).clamp(max=0.0)
+        width = self.width(limit)
+        return self.factor * (-(lengths - (limit - width)) / width).clamp(max=0.0)
 
 
 @dataclass(frozen=True)

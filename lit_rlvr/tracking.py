@@ -44,12 +44,15 @@ class MLflow(MLFlowLogger):
     ) -> None:
         self.tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
         self.log_policy = log_model
-        arguments: dict[str, Any] = {"artifact_location": artifact_location, "run_id": run_id}
-        self._prepare(experiment_name, run_name, **arguments)
+        # Opening the database on every rank at once breaks a fresh one; this address is never connected to.
+        uri = self.tracking_uri if rank_zero_only.rank in (None, 0) else "http://127.0.0.1"
+        super().__init__(
+            experiment_name, run_name, uri, save_dir=None, artifact_location=artifact_location, run_id=run_id
+        )
 
-    @rank_zero_only
-    def _prepare(self, experiment_name: str, run_name: str | None, **arguments: Any) -> None:
-        super().__init__(experiment_name, run_name, self.tracking_uri, save_dir=None, **arguments)
+    @property
+    def save_dir(self) -> None:
+        """None: files go below the trainer's ``default_root_dir``."""
 
     @property
     def client(self) -> Any:

@@ -178,7 +178,8 @@ def test_chains_that_go_together_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "hint"), [("plateua", "did you mean plateau"), ("risng", "did you mean rising"), ("7", "known are rising, ")]
+    ("stage", "hint"),
+    [("plateua", "did you mean plateau"), ("risng", "did you mean rising"), ("7", "known are rising, ")],
 )
 def test_an_unknown_stage_is_refused_with_a_hint(stage: str, hint: str) -> None:
     """The nearest known stage, or all of them."""

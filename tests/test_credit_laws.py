@@ -225,7 +225,7 @@ def test_two_ranks_are_one_process(make: Make, phase: tuple[RolloutBatch, Credit
 def test_saved_state_gives_the_same_output(make: Make, run: list[RolloutBatch], cut: int) -> None:
     """Plain values and tensors go through a checkpoint, and the run goes on as if it had not stopped."""
     phases_ = [(rollout, random_credit(rollout, seed), seed + STEP - 2) for seed, rollout in enumerate(run)]
-    straight, stopped = make(), make()
+    straight, stopped, cut = make(), make(), min(cut, len(run) - 1)
     for rollout, credit, step in phases_[:cut]:
         act(straight, rollout, credit, step=step)
         act(stopped, rollout, credit, step=step)
@@ -266,7 +266,8 @@ def test_assign_twice_gives_the_same(make: Make, phase: tuple[RolloutBatch, Cred
 @pytest.mark.parametrize("name", sorted(TABLE))
 def test_it_is_documented(name: str) -> None:
     """A README row that names its configuration, and a configuration that makes an instance."""
-    rows = [line for line in (ROOT / "callbacks/README.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    readme = (ROOT / "callbacks/README.md").read_text()
+    rows = [line for line in readme.splitlines() if line.startswith(f"| `{name}` |")]
     assert len(rows) == 1
     file = f"configs/callbacks/{TABLE[name].config}.yaml"
     assert f"({Path('..') / file})" in rows[0]

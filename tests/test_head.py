@@ -234,25 +234,26 @@ def test_bfloat16_rounds_only_where_it_must(road: str, autocast: bool) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("road", ["chunked", "selected"])
-def test_weight_gradient_adds_up_in_float32(road: str, autocast: bool) -> None:
+def test_weight_and_bias_gradients_add_up_in_float32(road: str, autocast: bool) -> None:
     """1,024 equal chunks give 1,024 times the gradient of one; a bfloat16 sum would stop growing near 256 times.
 
-    Adding n equal float32 numbers one by one errs by at most n 2^-24 = 6e-5 of the sum, and bfloat16 weights round the
-    result once more, by U.
+    Adding n equal float32 numbers one by one errs by at most n 2^-24 = 6e-5 of the sum, and bfloat16 weights round
+    both results once more, by U each.
     """
     n = 1024
-    data = Inputs(torch.float32 if autocast else torch.bfloat16, rows=1, bias=False)
+    data = Inputs(torch.float32 if autocast else torch.bfloat16, rows=1)
 
-    def gradient(copies: int) -> Tensor:
+    def gradients(copies: int) -> list[Tensor]:
         hidden, targets = data.hidden.expand(copies, -1), data.targets.expand(copies)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             if road == "selected":
-                loss = selected_loss(hidden, data.weight, targets, lambda logp, entropy, part: logp.sum(), chunk=1)
+                loss = selected_loss(hidden, data.weight, targets, lambda z, h, part: z.sum(), bias=data.bias, chunk=1)
             else:
-                loss = chunked_logprobs(hidden, data.weight, targets, chunk=1)[0].sum()
-        return torch.autograd.grad(loss, data.weight)[0].double()
+                loss = chunked_logprobs(hidden, data.weight, targets, bias=data.bias, chunk=1)[0].sum()
+        return [g.double() for g in torch.autograd.grad(loss, data.leaves[1:])]
 
-    assert_close(gradient(n), n * gradient(1), rtol=n * 2.0**-24 + (0 if autocast else U), atol=0)
+    wanted = [n * g for g in gradients(1)]
+    assert_close(gradients(n), wanted, rtol=n * 2.0**-24 + (0 if autocast else 2 * U), atol=0)
 
 
 def test_backward_inside_autocast_changes_nothing() -> None:

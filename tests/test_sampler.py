@@ -130,6 +130,12 @@ def test_truncation_by_hand(top_p: float, top_k: int, kept: int) -> None:
     assert got.nonzero().squeeze(1).tolist() == list(range(4 - kept, 4))
 
 
+def test_top_p_stops_where_it_is_reached_exactly() -> None:
+    """Half of the mass is in the first token; asking for half needs no second."""
+    logits = torch.tensor([2.0, 1.0, 1.0]).log()
+    assert frequencies(logits, Sampling(top_p=0.5), n=10).tolist() == [1.0, 0.0, 0.0]
+
+
 def test_equally_likely_tokens_survive_top_k_together() -> None:
     """Like Hugging Face: ties with the k-th are kept."""
     assert frequencies(torch.tensor([1.0, 2.0, 2.0, 0.0]), Sampling(top_k=1), n=10).tolist() == [0.0, 0.5, 0.5, 0.0]
