@@ -45,6 +45,7 @@ def check_trainer(module: RLVRModule, trainer: pl.Trainer) -> None:
     Raises:
         ValueError: Saying what to change.
     """
+    _ = module.data  # refuses another data module, or none
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(
             "trainer.accumulate_grad_batches must be 1: one training step is one optimiser step; lower "

@@ -45,7 +45,7 @@ class MLflow(MLFlowLogger):
         self.tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
         self.log_policy = log_model
         # Opening the database on every rank at once breaks a fresh one; this address is never connected to.
-        uri = self.tracking_uri if rank_zero_only.rank in (None, 0) else "http://127.0.0.1"
+        uri = self.tracking_uri if getattr(rank_zero_only, "rank", 0) in (None, 0) else "http://127.0.0.1"
         super().__init__(
             experiment_name, run_name, uri, save_dir=None, artifact_location=artifact_location, run_id=run_id
         )

@@ -35,6 +35,8 @@ REWARDS = torch.tensor([1.0, 2.0, 0.0, 0.0, 5.0, 1.0])
 GROUP = torch.tensor([7, 3, 7, 7, 3, 7])
 STD7, STD3 = math.sqrt(1 / 3), math.sqrt(4.5)
 """Unbiased: the squares of +-0.5 sum to 1 over 4 - 1, those of +-1.5 to 4.5 over 2 - 1."""
+SIDES = [(1, False), (-1, True), (-1, False), (-1, False), (1, True), (1, False)]
+"""Above or below the group's mean, and whether the group is 3."""
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ STD7, STD3 = math.sqrt(1 / 3), math.sqrt(4.5)
         (LeaveOneOut(), [2 / 3, -3.0, -2 / 3, -2 / 3, 3.0, 2 / 3]),
         (
             GroupNormalized(eps=0.25),
-            [a / (s + 0.25) for a, s in zip([0.5, -1.5, -0.5, -0.5, 1.5, 0.5], [STD7, STD3, STD7, STD7, STD3, STD7])],
+            [sign * (1.5 / (STD3 + 0.25) if wide else 0.5 / (STD7 + 0.25)) for sign, wide in SIDES],
         ),
         (Raw(), [1.0, 2.0, 0.0, 0.0, 5.0, 1.0]),
     ],

@@ -84,13 +84,13 @@ def test_kept_tokens_keep_the_weight_that_they_had() -> None:
 
 
 @few
-@given(phases(), st.floats(0.01, 1.0), st.sampled_from(["top", "bottom", "random"]))
-def test_exactly_the_share_is_kept(phase: tuple[RolloutBatch, Credit], rho: float, select: Any) -> None:
+@given(phases(), st.integers(1, 1000), st.sampled_from(["top", "bottom", "random"]))
+def test_exactly_the_share_is_kept(phase: tuple[RolloutBatch, Credit], permille: int, select: Any) -> None:
     """ceil(rho n) of the n tokens that still learn, whatever is tied; none that had no weight."""
     rollout, credit = phase
     eligible = credit.weight > 0
-    mask = kept(EntropyTopK(rho, select), rollout, credit)
-    assert int(mask.sum()) == math.ceil(rho * int(eligible.sum()))
+    mask = kept(EntropyTopK(permille / 1000, select), rollout, credit)
+    assert int(mask.sum()) == -(-permille * int(eligible.sum()) // 1000)
     assert not bool((mask & ~eligible).any())
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
-from trl_source import trl_function
+from trl_source import trl_function, trl_loss
 
 from lit_rlvr.aggregation import Aggregation, ConstantLength, SequenceMean, TokenMean
 from lit_rlvr.kl import ESTIMATORS, KLPenalty, k1, k2, k3
@@ -39,8 +37,8 @@ def value_and_slope(loss: ClippedSurrogate, log_ratio: Tensor, advantage: Tensor
     return objective.detach(), torch.autograd.grad(objective.sum(), x)[0]
 
 
-# Clip at 0.8 and 1.28, dual clip at 3. Columns: ratio, advantage, surrogate, slope (ratio * advantage, or 0 if clipped),
-# held back by the lower clip, by the upper clip.
+# Clip at 0.8 and 1.28, dual clip at 3. Columns: ratio, advantage, surrogate, slope (ratio * advantage, or 0 if
+# clipped), held back by the lower clip, by the upper clip.
 TABLE = [
     (1.0, 2.0, 2.0, 2.0, False, False),
     (1.2, 2.0, 2.4, 2.4, False, False),
@@ -172,7 +170,7 @@ def test_k2_and_k3_are_never_negative(logprob: float, ref: float) -> None:
 
 
 def test_expectations_of_the_estimators_and_of_their_gradients() -> None:
-    """Over all tokens of a vocabulary: k1 and k3 give KL(pi, ref); gradients: k1 none, k2 KL's own, k3 that of KL(ref, pi)."""
+    """Over a vocabulary: k1 and k3 give KL(pi, ref); gradients: k1 none, k2 that of KL, k3 that of KL(ref, pi)."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(9, generator=generator, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(9, generator=generator, dtype=torch.float64).log_softmax(-1)
@@ -201,18 +199,25 @@ def test_kl_penalty_refuses_what_cannot_work() -> None:
 # Limit 20, buffer 4: free up to 16 tokens, then a quarter of the factor per token.
 @pytest.mark.parametrize(("length", "penalty"), [(1, 0.0), (15, 0.0), (16, 0.0), (17, -0.25), (19, -0.75), (20, -1.0)])
 def test_overlong_penalty_by_hand_and_trl(length: int, penalty: float) -> None:
-    """At the edges of the zone, scaled by the factor; up to the limit TRL's soft punishment is the same."""
+    """At the edges of the zone, given in tokens or as a share; TRL's soft punishment is the same up to the limit."""
     lengths = torch.tensor([length])
     assert OverlongPenalty(buffer=4)(lengths, limit=20).tolist() == [penalty]
-    assert OverlongPenalty(buffer=4, factor=0.5, max_length=20)(lengths, limit=999).tolist() == [penalty / 2]
+    assert OverlongPenalty(factor=0.5)(lengths, limit=20).tolist() == [penalty / 2]
     trl = trl_function("rewards/other_rewards.py", "_SoftOverlongPunishment")(20, 4)
     assert trl([[7] * length]) == [penalty]
 
 
-@pytest.mark.parametrize("arguments", [{"buffer": 0}, {"buffer": 5, "max_length": 4}])
-def test_overlong_buffer_must_fit(arguments: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("share", "limit", "width"), [(0.2, 20480, 4096), (0.2, 34, 7), (0.01, 10, 1), (1.0, 8, 8)])
+def test_overlong_zone_as_a_share(share: float, limit: int, width: int) -> None:
+    """DAPO's own numbers, rounding, and at least one token; a buffer given in tokens wins."""
+    assert OverlongPenalty(share=share).width(limit) == width
+    assert OverlongPenalty(buffer=3, share=share).width(limit) == 3
+
+
+@pytest.mark.parametrize("arguments", [{"buffer": 0}, {"share": 0.0}, {"share": 1.1}])
+def test_overlong_zone_must_exist(arguments: dict[str, Any]) -> None:
     """An empty zone, or one longer than the response, is refused."""
-    with pytest.raises(ValueError, match=r"overlong\.buffer must lie in 1\.\.max_length"):
+    with pytest.raises(ValueError, match=rf"overlong\.{next(iter(arguments))} must"):
         OverlongPenalty(**arguments)
 
 
@@ -223,34 +228,6 @@ def test_dynamic_sampling_keeps_mixed_groups() -> None:
     assert DynamicSampling.mixed(correct, group).tolist() == [False, False, True, True, False, False, True]
     with pytest.raises(ValueError, match="max_rounds must be at least 1, got 0"):
         DynamicSampling(max_rounds=0)
-
-
-def trl_loss(
-    logprobs: Tensor, inputs: dict[str, Tensor], kind: str, beta: float, delta: float | None
-) -> tuple[Any, Any]:
-    """TRL's own GRPOTrainer._compute_loss on given log-probabilities; returns the loss and its metrics."""
-    metrics: Any = {"train": defaultdict(list)}
-    trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, torch.zeros_like(logprobs), None),
-        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        model=SimpleNamespace(training=True),
-        loss_type=kind,
-        beta=beta,
-        epsilon_low=0.2,
-        epsilon_high=0.28,
-        importance_sampling_level="token",
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        max_completion_length=10,
-        current_gradient_accumulation_steps=1,
-        use_vllm=False,
-        aux_loss_enabled=False,
-        _entropy_bonus_enabled=False,
-        _metrics=metrics,
-    )
-    compute = trl_function("trainer/grpo_trainer.py", "_compute_loss", nanmin=torch.min, nanmax=torch.max)
-    return compute(trainer, None, inputs), metrics["train"]
 
 
 @pytest.mark.parametrize("delta", [None, 3.0])

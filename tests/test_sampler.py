@@ -41,7 +41,7 @@ def frequencies(logits: Tensor, sampling: Sampling, n: int = 4000) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_chi_square_of_frequencies(temperature: float) -> None:
-    """20,000 draws with the engine's own random numbers; every token of at least 5 expected draws, the rest in one cell.
+    """20,000 draws with the engine's own random numbers; tokens of less than 5 expected draws share a cell.
 
     The statistic has mean k and variance 2 k; five standard deviations.
     """

@@ -67,7 +67,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
         GraniteConfig(**{**ROPE, "logits_scaling": LOGITS_SCALING, "residual_multiplier": 0.5, **more})
     ),
 }
-"""Tied: qwen3, gpt2, gemma2, gemma3. Untied: llama, granite. Soft-cap: gemma2. Scale: granite. Window: gemma2, gemma3."""
+"""Untied: llama, granite; the others are tied. Soft-cap: gemma2. Scale: granite. Sliding window: gemma2, gemma3."""
 
 
 def char_tokenizer() -> PreTrainedTokenizerFast:

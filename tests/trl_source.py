@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 
 @lru_cache
@@ -22,5 +25,33 @@ def trl_function(file: str, name: str, **names: Any) -> Any:
     found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name]
     assert len(found) == 1, f"trl's {file} holds {len(found)} definitions of {name}"
     namespace: dict[str, Any] = {"torch": torch, **names}
-    exec(compile(ast.Module(body=[found[0]], type_ignores=[]), file, "exec"), namespace)  # noqa: S102 - source of an installed package
+    exec(compile(ast.Module(body=[found[0]], type_ignores=[]), file, "exec"), namespace)
     return namespace[name]
+
+
+def trl_loss(
+    logprobs: Tensor, inputs: dict[str, Tensor], kind: str, beta: float, delta: float | None
+) -> tuple[Any, Any]:
+    """TRL's own GRPOTrainer._compute_loss on given log-probabilities; returns the loss and its metrics."""
+    metrics: Any = {"train": defaultdict(list)}
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, torch.zeros_like(logprobs), None),
+        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
+        model=SimpleNamespace(training=True),
+        loss_type=kind,
+        beta=beta,
+        epsilon_low=0.2,
+        epsilon_high=0.28,
+        importance_sampling_level="token",
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        max_completion_length=10,
+        current_gradient_accumulation_steps=1,
+        use_vllm=False,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+        _metrics=metrics,
+    )
+    compute = trl_function("trainer/grpo_trainer.py", "_compute_loss", nanmin=torch.min, nanmax=torch.max)
+    return compute(trainer, None, inputs), metrics["train"]

@@ -1,0 +1,83 @@
+"""Tiny training runs that several tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lit_rlvr import Batch, RLVRDataModule, RLVRModule, Sampling
+from lit_rlvr.tasks import LastDigitArithmetic, Prompt, Score
+
+TINY = "builtin:tiny-qwen3-75k"
+
+
+@dataclass(frozen=True)
+class EvenTask(LastDigitArithmetic):
+    """Rewards what even random weights do now and then: an even number of characters in the response."""
+
+    def score(self, prompt: Prompt, response: str) -> Score:
+        even = len(response) % 2 == 0
+        return Score(float(even), even, str(even))
+
+
+@dataclass(frozen=True)
+class HopelessTask(LastDigitArithmetic):
+    """Never rewards anything."""
+
+    def score(self, prompt: Prompt, response: str) -> Score:
+        return Score(0.0, False)
+
+
+class Recorder(Callback):
+    """Keeps every step's gradient and metrics, and the weights after it."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        named = pl_module.policy.named_parameters()
+        self.gradients.append({name: p.grad.detach().clone() for name, p in named if p.grad is not None})
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        self.metrics.append(dict(pl_module._metrics))
+
+
+def tiny_module(**options: Any) -> RLVRModule:
+    """A float64 policy with random weights, 4 prompts x 4 responses, two updates per phase."""
+    defaults: dict[str, Any] = {
+        "dtype": "float64",
+        "batch": Batch(prompts=4, responses=4, minibatch_prompts=2),
+        "sampling": Sampling(max_new_tokens=12),
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+    }
+    return RLVRModule(TINY, **{**defaults, **options})
+
+
+def tiny_trainer(steps: int, callbacks: list[Callback], **options: Any) -> pl.Trainer:
+    """A quiet Trainer on the CPU."""
+    return pl.Trainer(
+        max_steps=steps,
+        callbacks=callbacks,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        **options,
+    )
+
+
+def train(module: RLVRModule, steps: int, *callbacks: Callback, task: Any = None, **options: Any) -> Recorder:
+    """Train ``module`` for ``steps`` optimiser steps and return what was recorded."""
+    recorder = Recorder()
+    trainer = tiny_trainer(steps, [*callbacks, recorder], **options)
+    trainer.fit(module, datamodule=RLVRDataModule(task or EvenTask()))
+    return recorder

@@ -1,0 +1,135 @@
+"""PositionShaping against hand-computed values and the published formula in NumPy."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lit_rlvr_callbacks import PositionShaping
+from rollouts import build_rollout, full_credit, phases
+from torch import Tensor
+from torch.testing import assert_close
+
+from lit_rlvr.credit import CreditContext, assign_credit
+from lit_rlvr.types import Credit, RolloutBatch
+
+near = partial(assert_close, check_dtype=False)
+"""Closeness in float32, of float32 results to values in float64."""
+FOUR = build_rollout([[0.5] * 4])
+
+
+def shaped(advantage: float, rollout: RolloutBatch = FOUR, step: int = 0, **options: Any) -> Tensor:
+    """What an advantage becomes along a response."""
+    ctx = CreditContext(step=step)
+    credit = full_credit(rollout, [advantage] * len(rollout))
+    return assign_credit([PositionShaping(**options)], rollout, credit, ctx).advantage
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + e^-x)."""
+    return 1 / (1 + math.exp(-x))
+
+
+BONUS = torch.tensor([[sigmoid(-7.5), sigmoid(-3.75), 0.5, sigmoid(3.75)]]).double() * 0.1
+"""The paper's gamma .1 and k 15 at r = 0, 1/4, 2/4, 3/4."""
+
+
+def test_four_tokens_by_hand() -> None:
+    """The bonus carries the sign of the advantage; r runs over 0, .25, .5, .75."""
+    near(shaped(1.0), 1 + BONUS)
+    near(shaped(-1.0), -1 - BONUS)
+    near(shaped(2.0, gamma=0.3), 2 + 3 * BONUS)
+    near(shaped(1.0)[0, 2], torch.tensor(1.05).double())
+
+
+def test_slope_and_centre() -> None:
+    """A flat slope gives half of gamma everywhere; the centre moves where half is reached."""
+    near(shaped(1.0, slope=0.0), torch.full((1, 4), 1.05).double())
+    near(shaped(1.0, centre=0.75)[0, 3], torch.tensor(1.05).double())
+
+
+def test_the_cap_is_a_share_of_the_advantage() -> None:
+    """At |A| = .1 the bonus stops at .05; at another cap elsewhere."""
+    near(shaped(0.1), 0.1 + BONUS.clamp(max=0.05))
+    assert float(shaped(0.1)[0, 3]) == pytest.approx(0.15)
+    assert float(shaped(-0.1, cap=0.2)[0, 3]) == pytest.approx(-0.12)
+
+
+def test_zero_stays_zero() -> None:
+    """Nothing to enlarge, and no sign."""
+    assert shaped(0.0).tolist() == [[0.0] * 4]
+
+
+def test_each_response_has_its_own_length() -> None:
+    """The second of two tokens stands at r = 1/2, like the third of four; padding gets nothing."""
+    after = shaped(1.0, build_rollout([[0.5] * 4, [0.5] * 2]))
+    near(after[0], 1 + BONUS[0])
+    near(after[1], torch.tensor([1 + float(BONUS[0, 0]), 1.05, 0.0, 0.0]).double())
+
+
+@pytest.mark.parametrize(("step", "acts"), [(0, False), (200, False), (201, True), (299, True), (300, False)])
+def test_the_papers_window(step: int, acts: bool) -> None:
+    """200 < step < 300; outside of it the credit is returned as it is and nothing is logged."""
+    ctx, credit = CreditContext(step=step), full_credit(FOUR)
+    after = assign_credit([PositionShaping(first_step=201, last_step=299)], FOUR, credit, ctx)
+    assert (after is not credit) == acts
+    near(after.advantage, 1 + BONUS * acts)
+    assert list(ctx.metrics) == ["credit/PositionShaping/bonus"] * acts
+
+
+def test_without_a_window_it_always_acts() -> None:
+    """From the first phase on, without an end."""
+    for step in (0, 10_000):
+        near(shaped(1.0, step=step), 1 + BONUS)
+    near(shaped(1.0, step=10_000, first_step=3), 1 + BONUS)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(phases(), st.floats(0, 2), st.floats(-30, 30), st.floats(0, 1), st.floats(0, 1))
+def test_against_numpy(
+    phase: tuple[RolloutBatch, Credit], gamma: float, slope: float, centre: float, cap: float
+) -> None:
+    """A + sign(A) min(gamma sigmoid(k (r - c)), cap |A|), r = (t - 1) / L with t from 1, in float64."""
+    rollout, credit = phase
+    wanted = credit.advantage.double().numpy().copy()
+    for i, length in enumerate(rollout.lengths.tolist()):
+        for t in range(1, length + 1):
+            a = wanted[i, t - 1]
+            bonus = gamma / (1 + np.exp(-slope * ((t - 1) / length - centre)))
+            wanted[i, t - 1] = a + np.sign(a) * min(bonus, cap * abs(a))
+    callback = PositionShaping(gamma, slope, centre, cap)
+    after = assign_credit([callback], rollout, credit, CreditContext())
+    # float32 steps of 6e-8 in r and 2 e-6 in k (r - c), so a bonus is off by up to 4e-6 of itself.
+    assert_close(after.advantage.double().numpy(), wanted, rtol=1e-5, atol=1e-6)
+    assert after.weight is credit.weight
+    assert after.count is credit.count
+
+
+def test_the_metric_is_the_mean_bonus_over_tokens() -> None:
+    """Bonuses count without sign, padding not at all."""
+    ctx = CreditContext()
+    rollout = build_rollout([[0.5] * 4, [0.5]])
+    assign_credit([PositionShaping()], rollout, full_credit(rollout, [-1.0, 1.0]), ctx)
+    wanted = (float(BONUS.sum()) + float(BONUS[0, 0])) / 5
+    assert ctx.metrics == {"credit/PositionShaping/bonus": pytest.approx(wanted)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gamma": -0.1}, "gamma and cap must be >= 0, got -0.1 and 0.5"),
+        ({"cap": -1.0}, "gamma and cap must be >= 0, got 0.1 and -1.0"),
+        ({"first_step": 5, "last_step": 4}, "acts from step 5 to 4: that window is empty"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    """A window of one phase is fine."""
+    with pytest.raises(ValueError, match=message):
+        PositionShaping(**options)
+    assert PositionShaping(first_step=4, last_step=4).last_step == 4
