@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
+from lit_rlvr.checkpoint import PhaseCheckpoint  # noqa: E402
 from lit_rlvr.data import RLVRDataModule  # noqa: E402
 from lit_rlvr.module import RLVRModule  # noqa: E402
 from lit_rlvr.progress import RLVRProgress  # noqa: E402
@@ -75,7 +76,11 @@ class CLI(LightningCLI):
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         if self.subcommand == "fit":
-            given = given + [cls() for cls in STANDARD_CALLBACKS if not any(isinstance(c, cls) for c in given)]
+            standard = [
+                *STANDARD_CALLBACKS,
+                *([PhaseCheckpoint] if config.get("enable_checkpointing") is not False else []),
+            ]
+            given = given + [cls() for cls in standard if not any(isinstance(c, cls) for c in given)]
         elif not any(isinstance(c, RLVRProgress) for c in given):
             given = [*given, RLVRProgress()]
         if self._get(self.config, "quiet"):
@@ -83,6 +88,12 @@ class CLI(LightningCLI):
                 if isinstance(callback, RLVRProgress):
                     callback.disable()
         return super()._instantiate_trainer({**config, "callbacks": given}, callbacks)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if "weights_only" in kwargs and kwargs["weights_only"] is None:
+            kwargs["weights_only"] = True  # checkpoints hold plain values and tensors alone
+        return kwargs
 
     def before_fit(self) -> None:
         if (folder := self._warm_start()) is not None:

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from lit_rlvr.advantages import Advantage, GroupNormalized
 from lit_rlvr.aggregation import Aggregation, TokenMean
+from lit_rlvr.checkpoint import Hyperparameters, configured_again, hyperparameters
 from lit_rlvr.checks import check_algorithm, check_trainer
 from lit_rlvr.collect import Collector
 from lit_rlvr.credit import all_callbacks, credit_chain, describe_chain
@@ -103,6 +104,7 @@ class RLVRModule(pl.LightningModule):
         self.policy: Any = None
         self._metrics: dict[str, float] = {}
         self._mini: MiniBatch
+        self._configured: Hyperparameters
         # Outside of the module tree, so that it is neither trained, nor wrapped, nor saved in checkpoints.
         object.__setattr__(self, "reference", None)
         check_algorithm(self)
@@ -228,11 +230,13 @@ class RLVRModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
-        if self.scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        schedule = {} if self.scheduler is None else {"scheduler": self.scheduler(optimizer), "interval": "step"}
+        self._configured = hyperparameters(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": schedule} if schedule else optimizer
 
     def on_train_start(self) -> None:
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        configured_again(self.trainer.optimizers[0], schedulers, self._configured)
         self.policy.train()
         if self.reference is not None:
             self.reference.to(self.device)
@@ -247,6 +251,8 @@ class RLVRModule(pl.LightningModule):
         self._metrics["train/skipped_steps"] = float(self.skipped_steps)
         self.emit(self._metrics)
         self._metrics = {}
+        if batch.minibatch == self.batch.steps_per_phase - 1:
+            self.trainer.optimizers[0].zero_grad()  # gradients would only take memory during the next rollouts
 
     def emit(self, metrics: dict[str, float]) -> None:
         """Send metrics to every logger once, and to ``trainer.callback_metrics`` for checkpoints and progress bars."""
@@ -272,6 +278,12 @@ class RLVRModule(pl.LightningModule):
         self.log_dict({f"test/{name}": value for name, value in self.evaluator.latest.items()})
 
     # -- saving --------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped_steps"] = self.skipped_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped_steps = checkpoint["skipped_steps"]
 
     def save_policy(self, folder: str | Path) -> Path:
         """Write policy and tokenizer as a Hugging Face folder for ``from_pretrained``; every rank may call it."""

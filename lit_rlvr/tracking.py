@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from importlib.metadata import version
@@ -15,6 +16,8 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_rlvr.credit import all_callbacks, credit_chain, describe_chain
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("lit-rlvr", "torch", "lightning", "transformers", "torchmetrics", "mlflow")
 
@@ -44,6 +47,7 @@ class MLflow(MLFlowLogger):
     ) -> None:
         self.tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
         self.log_policy = log_model
+        self._asked_for = run_id is not None
         # Opening the database on every rank at once breaks a fresh one; this address is never connected to.
         uri = self.tracking_uri if getattr(rank_zero_only, "rank", 0) in (None, 0) else "http://127.0.0.1"
         super().__init__(
@@ -53,6 +57,34 @@ class MLflow(MLFlowLogger):
     @property
     def save_dir(self) -> None:
         """None: files go below the trainer's ``default_root_dir``."""
+
+    @property
+    def name(self) -> str:
+        """The experiment. Asking for it, or for the version, opens no run."""
+        return self._experiment_name
+
+    @property
+    def version(self) -> str:
+        """The run, once it is open."""
+        return self._run_id or ""
+
+    def resume(self, run_id: str) -> None:
+        """Continue ``run_id`` instead of a fresh run, unless the database does not know it, or a run was asked for.
+
+        Lightning opens a run before it reads the checkpoint; that one is still empty, and is deleted.
+        """
+        from mlflow.exceptions import MlflowException
+
+        if self._asked_for or run_id == self._run_id:
+            return
+        try:
+            self._mlflow_client.update_run(run_id, status="RUNNING")
+        except MlflowException:
+            log.warning("the checkpoint's MLflow run %s is not in %s; a new one is begun", run_id, self.tracking_uri)
+            return
+        if self._run_id is not None:
+            self._mlflow_client.delete_run(self._run_id)
+        self._run_id = run_id
 
     @property
     def client(self) -> Any:
@@ -92,10 +124,18 @@ def mlflow_loggers(trainer: pl.Trainer) -> list[MLflow]:
 
 
 class RunRecord(Callback):
-    """Tells MLflow what was run: task, algorithm, credit, versions and git commit; and keeps the trained policy."""
+    """Tells MLflow what was run: task, algorithm, credit, versions and git commit; and keeps the trained policy.
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    A resumed run continues the MLflow run of its checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._run_id: str | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         for logger in mlflow_loggers(trainer):
+            if self._run_id is not None:
+                logger.resume(self._run_id)
             logger.tag(
                 task=repr(pl_module.data.task)[:500],
                 algorithm=describe_algorithm(pl_module),
@@ -104,6 +144,13 @@ class RunRecord(Callback):
                 git_commit=git_commit(),
                 **{f"version.{name}": version(name) for name in PACKAGES},
             )
+            self._run_id = logger.run_id
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run_id": self._run_id}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._run_id = state_dict["run_id"]
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         from lit_rlvr.saving import SavePolicy
@@ -115,20 +162,42 @@ class RunRecord(Callback):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the resolved configuration: ``config.yaml`` in ``default_root_dir``, parameters and artifact in MLflow."""
+    """Keeps the resolved configuration: ``config.yaml`` in ``default_root_dir``, parameters and artifact in MLflow.
+
+    It is in checkpoints too; what differs when a run is resumed is printed.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nothing yet: which MLflow run to write to is known only after a checkpoint has been read."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save_config(trainer, pl_module, "fit")
+
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_none=False)
-        if stage == "fit":
+        if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(text)
         for logger in mlflow_loggers(trainer):
             logger.log_text(text, "config.yaml")
-            logger.log_params_once(flatten(self.config.as_dict()))
+            logger.log_params_once(self._flat())
+
+    def _flat(self) -> dict[str, Any]:
+        return {n: v for n, v in flatten(self.config.as_dict()).items() if not n.startswith(("config.", "ckpt_path"))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: str(value) for name, value in self._flat().items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        now = self.state_dict()
+        for name in sorted(now.keys() | state_dict.keys()):
+            then, value = state_dict.get(name, "unset"), now.get(name, "unset")
+            if then != value:
+                log.info("resume: %s is %s; it was %s in the checkpoint", name, value, then)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

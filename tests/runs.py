@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
 from lit_rlvr import Batch, RLVRDataModule, RLVRModule, Sampling
@@ -66,7 +66,7 @@ def tiny_trainer(steps: int, callbacks: list[Callback], **options: Any) -> pl.Tr
         callbacks=callbacks,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

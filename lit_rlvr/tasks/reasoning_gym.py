@@ -13,6 +13,9 @@ from lit_rlvr.tasks.base import Prompt, Score, Split, Task
 FULL_SCORE = 0.99
 """reasoning-gym gives partial credit, even for an answer that merely contains the right one; less is wrong."""
 
+SEED_STRIDE = 1_000_000
+"""reasoning-gym makes problem i of seed s from s + i: seeds that stand closer share problems."""
+
 INSTRUCTION = "\nGive the final answer between <answer> and </answer>."
 
 
@@ -55,7 +58,9 @@ class ReasoningGym(Task):
 
         try:
             return {
-                split: reasoning_gym.create_dataset(self.dataset, size=size, seed=self.seed * 3 + offset, **self.config)
+                split: reasoning_gym.create_dataset(
+                    self.dataset, size=size, seed=(self.seed * 3 + offset) * SEED_STRIDE, **self.config
+                )
                 for offset, (split, size) in enumerate(
                     (("train", self.train_size), ("val", self.val_size), ("test", self.val_size))
                 )

@@ -1,0 +1,96 @@
+"""Checkpoints at phase boundaries, from which a run resumes bit for bit, and the configuration's say on resume."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+from torch.optim import Optimizer
+
+log = logging.getLogger(__name__)
+
+
+class PhaseCheckpoint(Checkpoint):
+    """Saves everything that a run needs to go on, at the end of rollout phases.
+
+    Files are ``phase_000010.ckpt`` and so on, after as many phases, and ``last.ckpt`` is a link to the newest. Resume
+    with ``lit-rlvr fit --config ... --ckpt_path=runs/NAME/checkpoints/last.ckpt``.
+
+    Args:
+        every: Rollout phases between two checkpoints.
+        keep: Newest checkpoints to keep; older ones are deleted.
+        folder: Where to; null: ``checkpoints`` in the trainer's ``default_root_dir``.
+        at_end: Save at the end of training too, so that a finished run can be extended.
+
+    Raises:
+        ValueError: When a number is below 1.
+    """
+
+    def __init__(self, every: int = 20, keep: int = 2, folder: str | None = None, at_end: bool = True) -> None:
+        if every < 1 or keep < 1:
+            raise ValueError(f"PhaseCheckpoint.every and keep must be at least 1, got {every} and {keep}")
+        self.every, self.keep, self.folder, self.at_end = every, keep, folder, at_end
+        self._saved: list[str] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        done = batch.phase + 1
+        last = batch.minibatch == pl_module.batch.steps_per_phase - 1
+        ends = self.at_end and trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps
+        if last and (done % self.every == 0 or ends):
+            self._save(trainer, done)
+
+    def _save(self, trainer: pl.Trainer, done: int) -> None:
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
+        path = folder / f"phase_{done:06d}.ckpt"
+        self._saved = [*(name for name in self._saved if name != str(path)), str(path)]
+        old, self._saved = self._saved[: -self.keep], self._saved[-self.keep :]
+        trainer.save_checkpoint(path)
+        for name in old:
+            trainer.strategy.remove_checkpoint(name)
+        if trainer.is_global_zero:
+            fresh = folder / ".last.ckpt"
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(path.name)
+            fresh.replace(folder / "last.ckpt")  # at once: a kill leaves the old link or the new one
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"saved": list(self._saved)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = list(state_dict["saved"])
+
+
+Hyperparameters = list[dict[str, Any]]
+
+
+def hyperparameters(optimizer: Optimizer) -> Hyperparameters:
+    """What the configuration made of each parameter group, the parameters left out."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def configured_again(optimizer: Optimizer, schedulers: list[Any], fresh: Hyperparameters) -> None:
+    """Give a resumed optimizer the configuration's hyper-parameters instead of the checkpoint's, and print changes.
+
+    A changed learning rate scales the scheduled one; everything else is replaced. Equal settings change no bit.
+
+    Args:
+        optimizer: The optimizer, restored from a checkpoint.
+        schedulers: Its learning-rate schedulers, restored too.
+        fresh: :func:`hyperparameters` from before it was restored.
+    """
+    for number, (group, wanted) in enumerate(zip(optimizer.param_groups, fresh, strict=True)):
+        base, wanted_base = (g.get("initial_lr", g["lr"]) for g in (group, wanted))
+        if base != wanted_base:
+            log.info("resume: lr %s in the checkpoint, %s in the configuration", base, wanted_base)
+            group["lr"] *= wanted_base / base
+            if "initial_lr" in group:
+                group["initial_lr"] = wanted_base
+            for scheduler in schedulers:
+                scheduler.base_lrs[number] = wanted_base
+        for name, value in wanted.items():
+            if name not in ("lr", "initial_lr") and group.get(name) != value:
+                log.info("resume: %s %s in the checkpoint, %s in the configuration", name, group.get(name), value)
+                group[name] = value
