@@ -125,6 +125,7 @@ def load_callbacks() -> None:
 def run(arguments: list[str]) -> int:
     """Run a command; user errors become one sentence. ``LIT_RLVR_DEBUG=1`` shows the traceback instead."""
     quiet_libraries()  # once more: Lightning sets its own log levels on import
+    sys.path.insert(0, os.getcwd())  # modules in the current folder can be imported, also by verifier processes
     load_callbacks()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     usage = {name: {"parser_mode": "omegaconf+", "usage": f"lit-rlvr {name} [options]"} for name in CLI.subcommands()}

@@ -36,8 +36,9 @@ class Tally:
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     rounds: int = 0
     usable: int = 0
+    reward_names: tuple[str, ...] = ()
 
-    def add(self, rollout: RolloutBatch, failures: int) -> None:
+    def add(self, rollout: RolloutBatch, failures: int, scores: Sequence[Score] = ()) -> None:
         mask = rollout.response_mask
         facts: dict[str, Any] = {
             "responses": len(rollout),
@@ -53,15 +54,17 @@ class Tally:
             self.sums["groups"] += 1
             self.sums["all_right"] += share == 1
             self.sums["all_wrong"] += share == 0
+        facts |= {f"reward_{n}": sum(s.parts.get(n, 0.0) for s in scores) for n in self.reward_names}
         for name, value in facts.items():
             self.sums[name] += float(value)
 
     def read(self, reduce: Reduce) -> dict[str, float]:
         """Means over all ranks, as ``rollout/...`` and ``time/...``."""
-        own = torch.tensor([self.sums[n] for n in SUMMED], dtype=torch.float64)
-        total = dict(zip(SUMMED, reduce.sum(own).tolist(), strict=True))
+        parts = tuple(f"reward_{n}" for n in self.reward_names)
+        own = torch.tensor([self.sums[n] for n in SUMMED + parts], dtype=torch.float64)
+        total = dict(zip(SUMMED + parts, reduce.sum(own).tolist(), strict=True))
         per_response, per_group = max(total["responses"], 1.0), max(total["groups"], 1.0)
-        metrics = {f"rollout/{n}": total[n] / per_response for n in ("reward", "correct", "truncated")}
+        metrics = {f"rollout/{n}": total[n] / per_response for n in ("reward", *parts, "correct", "truncated")}
         metrics |= {f"rollout/groups_{n}": total[n] / per_group for n in ("all_right", "all_wrong")}
         metrics |= {
             "rollout/length": total["tokens"] / per_response,
@@ -121,7 +124,7 @@ class Collector:
         Returns:
             The usable groups that this rank sampled (on the CPU), and what happened.
         """
-        tally, kept = Tally(), list[RolloutBatch]()
+        tally, kept = Tally(reward_names=self.verifier.task.reward_names), list[RolloutBatch]()
         drawn = usable = 0
         while usable < wanted and tally.rounds < (self.filter.max_rounds if self.filter else 1):
             prompts = draw(self._ask(wanted - usable, usable, drawn, wanted))
@@ -163,7 +166,7 @@ class Collector:
         verdicts = self.verifier(each, texts)
         tally.seconds["verify"] += time.perf_counter() - started
         rollout = to_rollout(prompts, n, uid, out, verdicts.scores, texts)
-        tally.add(rollout, verdicts.failures.total())
+        tally.add(rollout, verdicts.failures.total(), verdicts.scores)
         return rollout
 
 

@@ -193,9 +193,11 @@ class RLVRDataModule(LightningDataModule):
         limit = self.max_prompt_tokens
         kept = [e for e in encoded if limit is None or len(e.tokens) <= limit]
         if len(kept) < len(encoded):
+            long = [e.prompt for e in encoded if limit is not None and len(e.tokens) > limit]
+            named = ", ".join(str(p.meta.get("source", p.index)) for p in long[:5]) + (", ..." if len(long) > 5 else "")
             log.warning(
-                "%d of %d %s prompts are longer than max_prompt_tokens=%s and are left out",
-                len(encoded) - len(kept), len(encoded), split, limit,
+                "%d of %d %s prompts are longer than max_prompt_tokens=%s and are left out: %s",
+                len(long), len(encoded), split, limit, named,
             )  # fmt: skip
         if not kept:
             why = f"all {len(encoded)} are longer than max_prompt_tokens={limit}" if encoded else "the task has none"

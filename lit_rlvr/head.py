@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CHUNK_ROWS = 512
+CHUNK_ROWS = 256
 """Rows of logits held at a time; their memory is a few times rows x vocabulary x 4 bytes."""
 
 
@@ -46,25 +47,28 @@ class LogitTransform:
     temperature: float = 1.0
 
     def __call__(self, raw: Tensor) -> Tensor:
-        z = raw if raw.dtype == torch.float64 else raw.float()
+        z = raw if raw.dtype == torch.float64 else raw.float()  # raw itself may be returned: the caller owns it
         if self.scale != 1.0:
             z = z * self.scale
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
         return z / self.temperature if self.temperature != 1.0 else z
 
-    def slope(self, z: Tensor) -> Tensor | float:
-        """Dz / d raw, from the transformed logits."""
+    def through(self, gradient: Tensor, shifted: Tensor, top: Tensor) -> Tensor:
+        """Take a gradient back to the raw logits, in place; the transformed logits are ``shifted + top``."""
+        if self.softcap is not None:
+            gradient.mul_(1 - ((shifted + top) * (self.temperature / self.softcap)) ** 2)
         factor = self.scale / self.temperature
-        if self.softcap is None:
-            return factor
-        return factor * (1 - (z * self.temperature / self.softcap) ** 2)
+        return gradient if factor == 1.0 else gradient.mul_(factor)
 
 
 class _Chunk(NamedTuple):
+    """Rows ``part`` of the logits, ``shifted`` by their largest (``top``), and what follows from them."""
+
     part: slice
-    z: Tensor
-    lse: Tensor
+    shifted: Tensor
+    top: Tensor
+    log_total: Tensor
     p: Tensor
     logp: Tensor
     entropy: Tensor
@@ -85,21 +89,25 @@ class _Head(NamedTuple):
             part = slice(start, min(start + self.chunk, len(self.targets)))
             raw = torch.nn.functional.linear(self.hidden[part], self.weight, self.bias)
             z = self.transform(raw)
-            lse = z.logsumexp(-1)
-            p = (z - lse[:, None]).exp_()
-            logp = z.gather(1, self.targets[part, None]).squeeze(1) - lse
-            # An einsum, so that p * z is never stored.
-            entropy = lse - torch.einsum("mv,mv->m", p, z)
-            yield _Chunk(part, z, lse, p, logp, entropy)
+            top = z.amax(-1, keepdim=True)
+            # Everything is relative to the largest logit: log-sum-exp minus mean logit would cancel in float32.
+            shifted = z.sub_(top)
+            p = shifted.exp()
+            total = p.sum(-1)
+            log_total = total.log()
+            entropy = log_total - (p * shifted).sum(-1) / total
+            logp = shifted.gather(1, self.targets[part, None]).squeeze(1) - log_total
+            yield _Chunk(part, shifted, top, log_total, p.div_(total[:, None]), logp, entropy)
 
     def raw_gradient(self, chunk: _Chunk, g_logp: Tensor, g_entropy: Tensor | None) -> Tensor:
         """Gradient of the raw logits [m, V], from those of the chunk's log-probabilities and entropies [m]."""
         factor = g_logp[:, None]
         if g_entropy is not None:
-            factor = factor + g_entropy[:, None] * (chunk.z - chunk.lse[:, None] + chunk.entropy[:, None])
+            log_p = chunk.shifted - chunk.log_total[:, None]
+            factor = factor + g_entropy[:, None] * (log_p + chunk.entropy[:, None])
         d = chunk.p * -factor
         d.scatter_add_(1, self.targets[chunk.part, None], g_logp[:, None])
-        return d * self.transform.slope(chunk.z)
+        return self.transform.through(d, chunk.shifted, chunk.top)
 
 
 class _Gradients:
@@ -130,7 +138,8 @@ def _prepare(
 ) -> _Head:
     """Detach, and cast to autocast's dtype where autocast is on (inside a custom function it casts nothing itself)."""
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    autocast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     cast_bias = None if bias is None else bias.detach().to(dtype)
     return _Head(hidden.detach().to(dtype), weight.detach().to(dtype), cast_bias, targets, transform, chunk)
 
@@ -166,6 +175,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Any) -> Any:
         g_logp, g_entropy = outputs
         head: _Head = ctx.head
@@ -204,6 +214,7 @@ class _SelectedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Any) -> Any:
         returned = _returned(ctx.grads, ctx.like, outputs[0])
         ctx.grads = None

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LOG_RATIO_LIMIT = 20.0
+"""A token e^20 times as likely as before learns no more: float32 would overflow soon after, and spoil the step."""
+
 
 class PolicyLoss(ABC):
     """A per-token surrogate objective, to be maximised."""
@@ -50,7 +53,7 @@ class ClippedSurrogate(PolicyLoss):
             raise ValueError(f"dual_clip must be > 1, got {self.dual_clip}; leave it null to switch it off")
 
     def surrogate(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
-        ratio = log_ratio.exp()
+        ratio = log_ratio.clamp(max=LOG_RATIO_LIMIT).exp()
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         objective = torch.minimum(ratio * advantage, clipped * advantage)
         if self.dual_clip is not None:

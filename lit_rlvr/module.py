@@ -102,6 +102,7 @@ class RLVRModule(pl.LightningModule):
         self.phase: Phase | None = None
         self.skipped_steps = 0
         self.policy: Any = None
+        self.step_metrics: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
         self._mini: MiniBatch
         self._configured: Hyperparameters
@@ -167,6 +168,11 @@ class RLVRModule(pl.LightningModule):
         else:
             optimizer_closure()
             self.skipped_steps += 1
+        self._metrics["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._metrics["train/skipped_steps"] = float(self.skipped_steps)
+        # Here rather than at the batch's end, where callbacks may save a checkpoint before it.
+        self.emit(self._metrics, self.trainer.global_step + 1)
+        self.step_metrics, self._metrics = self._metrics, {}
 
     # -- around it -----------------------------------------------------------------------------------------------------
 
@@ -247,17 +253,13 @@ class RLVRModule(pl.LightningModule):
         self._metrics["train/grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Ticket, batch_idx: int) -> None:
-        self._metrics["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self._metrics["train/skipped_steps"] = float(self.skipped_steps)
-        self.emit(self._metrics)
-        self._metrics = {}
         if batch.minibatch == self.batch.steps_per_phase - 1:
             self.trainer.optimizers[0].zero_grad()  # gradients would only take memory during the next rollouts
 
-    def emit(self, metrics: dict[str, float]) -> None:
-        """Send metrics to every logger once, and to ``trainer.callback_metrics`` for checkpoints and progress bars."""
+    def emit(self, metrics: dict[str, float], step: int) -> None:
+        """Send metrics to every logger once, as of optimiser step ``step`` (from 1), and to ``callback_metrics``."""
         for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=self.trainer.global_step)
+            logger.log_metrics(metrics, step=step)
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
     # -- evaluation ----------------------------------------------------------------------------------------------------

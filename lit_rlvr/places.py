@@ -1,4 +1,4 @@
-"""Where the user's files are: paths that start at the YAML file that names them, and hints for names that are not there."""
+"""Where the user's files are: paths that start at the YAML file that names them, and hints for what is not there."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Recorder(Callback):
         self.gradients.append({name: p.grad.detach().clone() for name, p in named if p.grad is not None})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        self.metrics.append(dict(pl_module._metrics))
+        self.metrics.append(dict(pl_module.step_metrics))
 
 
 def tiny_module(**options: Any) -> RLVRModule:

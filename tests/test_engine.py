@@ -104,7 +104,7 @@ def test_scores_equal_a_plain_forward_pass(family: str, temperature: float) -> N
 
 
 @EVERY_FAMILY
-@pytest.mark.parametrize("max_rows", [1, 3, 6, 7])
+@pytest.mark.parametrize("max_rows", [3, 7])
 def test_responses_do_not_depend_on_the_batch(family: str, max_rows: int) -> None:
     """One prompt at a time, or some at a time, without or with other padding: the same tokens and numbers."""
     policy, sampling = make_policy(family), Sampling(max_new_tokens=12)
@@ -174,8 +174,8 @@ def test_every_source_of_end_tokens_counts() -> None:
     """Those of the tokenizer, the configuration and the generation configuration, single or in a list."""
     policy = make_policy(eos_token_id=40)
     policy.hf.generation_config = CONFIGURATION(eos_token_id=[14, 15])
-    last = {r[-1] for r in responses(generate(policy, Sampling(max_new_tokens=40), samples=30))}
-    middle = {token for r in responses(generate(policy, Sampling(max_new_tokens=40), samples=30)) for token in r[:-1]}
+    rows = responses(generate(policy, Sampling(max_new_tokens=30), samples=30))
+    last, middle = {r[-1] for r in rows}, {token for r in rows for token in r[:-1]}
     assert {EOS, 14, 15, 40} <= last
     assert not {EOS, 14, 15, 40} & middle
 

@@ -31,7 +31,8 @@ def test_rows_times_longest_stays_within_the_budget(lengths: list[int], budget: 
 
 
 @pytest.mark.parametrize(
-    ("budget", "wanted"), [(1, [[1], [3], [0], [2]]), (6, [[1], [3, 0], [2]]), (8, [[1], [3, 0], [2]]), (99, [[1, 3, 0, 2]])]
+    ("budget", "wanted"),
+    [(1, [[1], [3], [0], [2]]), (6, [[1], [3, 0], [2]]), (8, [[1], [3, 0], [2]]), (99, [[1, 3, 0, 2]])],
 )
 def test_split_by_hand(budget: int, wanted: list[list[int]]) -> None:
     """Rows of 2, 8, 2 and 3 tokens: the longest goes alone even if it is over the budget; equals keep their order."""

@@ -40,7 +40,7 @@ def factors(rollout: RolloutBatch, alpha: float) -> Tensor:
 
 
 def reference(rollout: RolloutBatch, credit: Credit, alpha: float) -> tuple[Any, list[float]]:
-    """A * clamp(1 - alpha w, .8, 1.2) in float64, as Deng et al. 2025 and its code have it, and each row's deviation."""
+    """A * clamp(1 - alpha w, .8, 1.2) in float64, as in Deng et al. 2025 and its code, and each row's deviation."""
     logp, mask = rollout.old_logprobs.double().numpy(), rollout.response_mask.numpy()
     log_ppl = np.array([-row[m].mean() for row, m in zip(logp, mask, strict=True)])
     after, sigmas = credit.advantage.double().numpy().copy(), []

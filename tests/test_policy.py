@@ -150,7 +150,8 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(folders: dict
         policy, batch = load_policy(folders["qwen3"], gradient_checkpointing=checkpointing), Batch()
         layers: Any = policy.hf.base_model.layers
         runs: list[int] = []
-        layers[0].mlp.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        # Before the layer's work: the recomputation stops as soon as it has what it needs.
+        layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         policy(batch.ids, batch.index, batch.targets, 1.0, batch.loss).backward()
         gradients.append({name: p.grad for name, p in policy.named_parameters()})
         calls.append(len(runs))

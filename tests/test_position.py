@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lit_rlvr_callbacks import PositionShaping
@@ -21,6 +23,7 @@ from lit_rlvr.types import Credit, RolloutBatch
 
 near = partial(assert_close, check_dtype=False)
 """Closeness in float32, of float32 results to values in float64."""
+CONFIG = Path(__file__).parents[1] / "configs/callbacks/position.yaml"
 FOUR = build_rollout([[0.5] * 4])
 
 
@@ -77,7 +80,8 @@ def test_each_response_has_its_own_length() -> None:
 def test_the_papers_window(step: int, acts: bool) -> None:
     """200 < step < 300; outside of it the credit is returned as it is and nothing is logged."""
     ctx, credit = CreditContext(step=step), full_credit(FOUR)
-    after = assign_credit([PositionShaping(first_step=201, last_step=299)], FOUR, credit, ctx)
+    options = yaml.safe_load(CONFIG.read_text())["trainer"]["callbacks+"][0]["init_args"]
+    after = assign_credit([PositionShaping(**options)], FOUR, credit, ctx)
     assert (after is not credit) == acts
     near(after.advantage, 1 + BONUS * acts)
     assert list(ctx.metrics) == ["credit/PositionShaping/bonus"] * acts

@@ -39,13 +39,13 @@ def frequencies(logits: Tensor, sampling: Sampling, n: int = 4000) -> Tensor:
     return torch.bincount(token, minlength=len(logits)).double() / n
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 def test_chi_square_of_frequencies(temperature: float) -> None:
-    """20,000 draws with the engine's own random numbers; tokens of less than 5 expected draws share a cell.
+    """10,000 draws with the engine's own random numbers; tokens of less than 5 expected draws share a cell.
 
     The statistic has mean k and variance 2 k; five standard deviations.
     """
-    n = 20_000
+    n = 10_000
     logits = random_logits(1)
     token = draw(logits.expand(n, -1), Sampling(temperature), uniform(3, 1, 2, torch.arange(n), 0)).token
     counts = torch.bincount(token, minlength=VOCABULARY).double()
@@ -66,7 +66,7 @@ def test_every_token_gets_its_share(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-@pytest.mark.parametrize("vocabulary", [50, VOCABULARY, 40_000])
+@pytest.mark.parametrize("vocabulary", [50, VOCABULARY, 20_000])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_logprob_and_entropy_are_those_of_the_full_distribution(
     temperature: float, vocabulary: int, offset: float

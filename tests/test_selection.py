@@ -37,7 +37,9 @@ def problems(draw: st.DrawFn) -> tuple[list[int], list[int], list[bool], int]:
     return first, second, eligible, draw(st.integers(0, sum(eligible)))
 
 
-def choose(first: list[int], second: list[int], eligible: list[bool], k: int, reduce: Reduce | None = None) -> list[bool]:
+def choose(
+    first: list[int], second: list[int], eligible: list[bool], k: int, reduce: Reduce | None = None
+) -> list[bool]:
     """``top_k`` on lists."""
     keys = [torch.tensor(key, dtype=torch.int64) for key in (first, second)]
     chosen: list[bool] = top_k(keys, torch.tensor(eligible, dtype=torch.bool), k, reduce or LocalReduce()).tolist()
@@ -55,15 +57,17 @@ def test_against_a_sort(problem: tuple[list[int], list[int], list[bool], int]) -
 
 @few
 @given(problems(), st.integers(2, 3), st.randoms(use_true_random=False))
-def test_several_ranks_choose_as_one(problem: tuple[list[int], list[int], list[bool], int], ranks: int, rng: Any) -> None:
+def test_several_ranks_choose_as_one(
+    problem: tuple[list[int], list[int], list[bool], int], ranks: int, rng: Any
+) -> None:
     """Elements dealt out at random; a rank may have none."""
     first, second, eligible, k = problem
     home = [rng.randrange(ranks) for _ in first]
 
     def rank(reduce: ThreadedReduce) -> dict[int, bool]:
         mine = [i for i, h in enumerate(home) if h == reduce.rank]
-        lists: list[Any] = [[values[i] for i in mine] for values in (first, second, eligible)]
-        return dict(zip(mine, choose(*lists, k, reduce), strict=True))
+        chosen = choose([first[i] for i in mine], [second[i] for i in mine], [eligible[i] for i in mine], k, reduce)
+        return dict(zip(mine, chosen, strict=True))
 
     together = {i: chosen for part in run_ranks(ranks, rank) for i, chosen in part.items()}
     assert [together[i] for i in range(len(first))] == sort_reference(first, second, eligible, k)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,17 +55,28 @@ class InProcessEngine(Engine):
                 f"context of {limit} tokens; lower max_new_tokens or max_prompt_tokens"
             )
         samples = len(uid) // max(len(prompts), 1)
+        assert samples * len(prompts) == len(uid)
+        assert all(prompts)
         uid = uid.to(policy.device)
         out = _Output(len(uid), sampling.max_new_tokens, policy.device)
         was_training = policy.training
         policy.eval()
-        per_chunk = max(1, self.max_rows // max(samples, 1))
-        for start in range(0, len(prompts), per_chunk):
-            chunk = prompts[start : start + per_chunk]
-            rows = torch.arange(start * samples, (start + len(chunk)) * samples, device=policy.device)
-            _decode(policy, tokenizer, chunk, samples, rows, uid, sampling, seed, out)
-        policy.train(was_training)
+        try:
+            for chunk, rows in self._chunks(len(prompts), samples):
+                picked = [prompts[i] for i in chunk]
+                _decode(policy, tokenizer, picked, rows.to(policy.device), uid, sampling, seed, out)
+        finally:
+            policy.train(was_training)
         return out.finish()
+
+    def _chunks(self, prompts: int, samples: int) -> Iterator[tuple[range, Tensor]]:
+        """Prompts that are decoded together, and their output rows [prompts * samples]: at most ``max_rows`` of them."""
+        together = max(1, self.max_rows // max(samples, 1))
+        for start in range(0, prompts, together):
+            chunk = range(start, min(start + together, prompts))
+            for first in range(0, samples, self.max_rows):
+                share = torch.arange(first, min(first + self.max_rows, samples))
+                yield chunk, (torch.tensor(chunk)[:, None] * samples + share).flatten()
 
 
 class _Output:
@@ -87,14 +98,14 @@ def _decode(
     policy: Policy,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
-    samples: int,
     rows: Tensor,
     uid: Tensor,
     sampling: Sampling,
     seed: int,
     out: _Output,
 ) -> None:
-    """Prefill ``prompts``, repeat them over ``samples``, and decode the output rows ``rows`` until all have stopped."""
+    """Prefill ``prompts``, repeat them over their output ``rows``, side by side, and decode until all have stopped."""
+    samples = len(rows) // len(prompts)
     ids, mask = left_pad(prompts, policy.device)
     cache = DynamicCache(config=policy.hf.config)
     padded = not bool(mask.all())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExactMatch(Reward):
-    r"""1 where the answer found in the response equals the reference answer, else 0. White space around both is ignored.
+    r"""1 if the answer found in the response equals the reference answer, else 0. White space around them is ignored.
 
     Args:
         pattern: Regular expression whose one group finds the answer, for example ``#(\d+)``; the last match counts.

@@ -51,6 +51,9 @@ class Task(ABC):
     isolated: bool = True
     """Whether answers are scored in separate processes with a time limit. Turn off only for trusted, instant code."""
 
+    reward_names: tuple[str, ...] = ()
+    """The parts of a score's reward that are logged apart, as ``rollout/reward_<name>``."""
+
     @abstractmethod
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """The problems of a split; the same at every call."""

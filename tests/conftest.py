@@ -1,0 +1,40 @@
+"""Every test session has a cache of its own, and one thread per process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+import torch
+from command_line import TINY, TinyFit, succeed
+
+
+@pytest.fixture(scope="session", autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Built models go to a folder of the session; MLflow's database to the folder that a test runs in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIT_RLVR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "LIT_RLVR_DEBUG"):
+            patch.delenv(name, raising=False)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def own_database() -> Iterator[None]:
+    """A logger leaves its database's address in the environment, where the next one would look for it."""
+    with patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_fit(tmp_path_factory: pytest.TempPathFactory) -> TinyFit:
+    """One run of the command line that several tests look at: tracked, with a page and an evaluation per phase."""
+    folder = tmp_path_factory.mktemp("tiny_fit")
+    pages = ("--trainer.callbacks+=RolloutPages", "--trainer.callbacks.every=1")
+    return TinyFit(folder, succeed(folder, "fit", *TINY, "--trainer.val_check_interval=2", *pages))

@@ -1,0 +1,168 @@
+"""Verifiers that fail in every way: the run goes on, and the failure is counted and named."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from verifier_tasks import Misbehaving, Trusted
+
+from lit_rlvr.tasks import Prompt, Score, Task
+from lit_rlvr.verify import Verdicts, Verifier
+
+pytestmark = pytest.mark.timeout(60)
+FAILED = Score(0.0, False)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Verifier]:
+    """Two processes with three seconds per answer; the tests that use it share them."""
+    verifier = Verifier(Misbehaving(), workers=2, timeout=3.0)
+    yield verifier
+    verifier.close()
+
+
+def judge(verifier: Verifier, *responses: str) -> Verdicts:
+    """Score responses to one prompt."""
+    return verifier([Prompt(0, "?")] * len(responses), responses)
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs, after some patience for one that is ending."""
+    for _ in range(50):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.mark.parametrize("task", [Misbehaving(), Trusted()])
+def test_scores_come_in_the_order_of_the_answers(task: Task) -> None:
+    """Slow answers first, more answers than processes."""
+    responses = ["sleep 0.3", "a", "sleep 0.1", *"bcdef"]
+    verifier = Verifier(task, workers=2)
+    verdicts = judge(verifier, *responses)
+    verifier.close()
+    assert verdicts.scores == [Score(0.5, True, response) for response in responses]
+    assert not verdicts.failures
+
+
+def test_where_answers_are_judged(pool: Verifier) -> None:
+    """Trusted tasks in this process, others elsewhere."""
+    assert judge(Verifier(Trusted()), "pid").scores[0].answer == str(os.getpid())
+    assert judge(pool, "pid").scores[0].answer != str(os.getpid())
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("raise it", "ValueError: cannot read it"),
+        ("none", "TypeError: the verifier returned NoneType, expected a Score"),
+        ("number", "TypeError: the verifier returned float, expected a Score"),
+        ("reward nan", "ValueError: the verifier returned the reward nan"),
+        ("reward -inf", "ValueError: the verifier returned the reward -inf"),
+        ("text", "TypeError: bad operand type for abs(): 'str'"),
+    ],
+)
+def test_a_failure_is_a_wrong_answer_that_is_counted(
+    trusted: bool, response: str, reason: str, pool: Verifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others keep their scores; the log says how often and why, in one line."""
+    verifier = Verifier(Trusted()) if trusted else pool
+    with caplog.at_level(logging.WARNING):
+        verdicts = judge(verifier, "good", response, response, "fine")
+    assert verdicts.scores == [Score(0.5, True, "good"), FAILED, FAILED, Score(0.5, True, "fine")]
+    assert verdicts.failures == {reason: 2}
+    assert caplog.messages == [f"verifier failed on 2 of 4 answers: {reason}"]
+
+
+def test_a_verifier_that_hangs_is_killed(tmp_path: Path) -> None:
+    """Also one that ignores a polite request; the answers behind it are judged."""
+    note = tmp_path / "process"
+    verifier = Verifier(Misbehaving(), workers=1, timeout=0.5)
+    try:
+        verdicts = judge(verifier, "good", f"hang {note}", "fine")
+        assert verdicts.scores == [Score(0.5, True, "good"), FAILED, Score(0.5, True, "fine")]
+        assert verdicts.failures == {"no verdict within 0.5 s": 1}
+        assert not alive(int(note.read_text()))
+    finally:
+        verifier.close()
+
+
+def test_a_verifier_that_ends_its_process(pool: Verifier) -> None:
+    """Both processes die, others take their places, now and for the next batch."""
+    verdicts = judge(pool, "die", "good", "die", "die", "fine")
+    assert [score.correct for score in verdicts.scores] == [False, True, False, False, True]
+    assert verdicts.failures == {"ProcessExpired: Abnormal termination": 3}
+    assert judge(pool, "good").scores == [Score(0.5, True, "good")]
+
+
+@pytest.mark.xfail(strict=True, raises=SystemExit, reason="SystemExit is no Exception: it goes through to the run")
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_verifier_that_calls_exit(trusted: bool) -> None:
+    """``sys.exit`` in a verifier does not end the run."""
+    verifier = Verifier(Trusted() if trusted else Misbehaving())
+    try:
+        verdicts = judge(verifier, "good", "exit")
+    finally:
+        verifier.close()
+    assert verdicts.scores == [Score(0.5, True, "good"), FAILED]
+    assert verdicts.failures == {"SystemExit: 3": 1}
+
+
+@pytest.mark.xfail(strict=True, reason="such an exception breaks pebble's pool, and a broken pool stays in use")
+def test_a_verifier_whose_exception_cannot_travel() -> None:
+    """It is that answer's failure; the other answers and the next batch are judged."""
+    verifier = Verifier(Misbehaving(), workers=1)
+    try:
+        verdicts = judge(verifier, "good", "odd", "fine")
+        assert verdicts.scores == [Score(0.5, True, "good"), FAILED, Score(0.5, True, "fine")]
+        assert judge(verifier, "good").scores == [Score(0.5, True, "good")]
+    finally:
+        verifier.close()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_all_failures_end_the_run(trusted: bool, pool: Verifier) -> None:
+    """Nothing can be learnt from that; the commonest reason is named."""
+    verifier = Verifier(Trusted()) if trusted else pool
+    message = "the verifier failed on all 3 answers; 2 times with ValueError: cannot read this"
+    with pytest.raises(RuntimeError, match=message):
+        judge(verifier, "raise this", "none", "raise this")
+    assert judge(verifier) == Verdicts([], judge(verifier, "good").failures)
+
+
+def test_close_ends_the_processes() -> None:
+    """A closed verifier may be closed again, and starts afresh when it is used."""
+    verifier = Verifier(Misbehaving(), workers=1)
+    (first,) = judge(verifier, "pid").scores
+    assert first.answer is not None
+    verifier.close()
+    verifier.close()
+    assert not alive(int(first.answer))
+    (second,) = judge(verifier, "pid").scores
+    verifier.close()
+    assert second.answer not in (None, first.answer)
+
+
+@pytest.mark.parametrize("task", [Misbehaving(), Trusted()])
+def test_one_prompt_per_answer(task: Task) -> None:
+    """A missing prompt is a mistake of the caller, not a verifier's failure."""
+    verifier = Verifier(task, workers=1)
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        verifier([Prompt(0, "?")], ["a", "b"])
+    verifier.close()
+
+
+@pytest.mark.parametrize(("workers", "timeout"), [(0, 1.0), (1, 0.0), (1, -1.0)])
+def test_numbers_that_are_not_positive_are_refused(workers: int, timeout: float) -> None:
+    """Both are named."""
+    with pytest.raises(ValueError, match=f"workers and timeout must be positive, got {workers} and {timeout}"):
+        Verifier(Misbehaving(), workers, timeout)
