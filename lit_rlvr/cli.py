@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import entry_points
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from lit_rlvr.terminal import console, quiet_libraries, set_up_logging
 
@@ -16,15 +17,28 @@ from jsonargparse import set_parsing_settings  # noqa: E402
 from jsonargparse.typing import lazy_instance  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+from lightning.pytorch.loggers import Logger  # noqa: E402
+from lightning.pytorch.strategies import Strategy  # noqa: E402
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+from torch.optim import Optimizer  # noqa: E402
+from torch.optim.lr_scheduler import LRScheduler  # noqa: E402
 
+from lit_rlvr.advantages import Advantage  # noqa: E402
+from lit_rlvr.aggregation import Aggregation  # noqa: E402
 from lit_rlvr.checkpoint import PhaseCheckpoint  # noqa: E402
+from lit_rlvr.cli_errors import class_names, clear, interpolation, missing_file, option_keys  # noqa: E402
+from lit_rlvr.credit import all_callbacks, credit_chain  # noqa: E402
 from lit_rlvr.data import RLVRDataModule  # noqa: E402
+from lit_rlvr.engines import Engine  # noqa: E402
+from lit_rlvr.losses import PolicyLoss  # noqa: E402
 from lit_rlvr.module import RLVRModule  # noqa: E402
 from lit_rlvr.progress import RLVRProgress  # noqa: E402
 from lit_rlvr.report import Report  # noqa: E402
+from lit_rlvr.rewards import Reward  # noqa: E402
 from lit_rlvr.rollout_pages import RolloutPages  # noqa: E402
 from lit_rlvr.saving import SavePolicy  # noqa: E402
+from lit_rlvr.tasks import Task  # noqa: E402
 from lit_rlvr.tracking import MLflow, RunRecord, SaveConfig  # noqa: E402
 from lit_rlvr.warmup import Warmup  # noqa: E402
 
@@ -42,6 +56,37 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 STANDARD_CALLBACKS = (RLVRProgress, RolloutPages, SavePolicy, RunRecord, Report)
 """In every ``fit`` of the command line; one of the same class in the configuration takes its place."""
+
+
+NAMEABLE = (
+    Callback,
+    Logger,
+    Strategy,
+    Optimizer,
+    LRScheduler,
+    Advantage,
+    PolicyLoss,
+    Aggregation,
+    Engine,
+    Task,
+    Reward,
+)
+"""Bases of the classes that YAML names."""
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, with errors in a sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if os.environ.get("LIT_RLVR_DEBUG") or not self.exit_on_error:
+            super().error(message, ex)
+        fail(clear(message, every_option(), class_names(NAMEABLE)))
+        sys.exit(2)
+
+
+def fail(sentence: str) -> None:
+    """Print an error."""
+    console().print(f"lit-rlvr: error: {sentence}", markup=False)
 
 
 class RLVRTrainer(pl.Trainer):
@@ -96,6 +141,10 @@ class CLI(LightningCLI):
         return kwargs
 
     def before_fit(self) -> None:
+        credit_chain(all_callbacks(self.trainer))  # refuses a bad list before anything is trained
+        path = self._get(self.config, "ckpt_path")
+        if path is not None and not Path(path).exists():
+            raise ValueError(missing_file(Path(path)))
         if (folder := self._warm_start()) is not None:
             self.model.start_from(folder)
 
@@ -114,6 +163,15 @@ class CLI(LightningCLI):
             return None
         data: RLVRDataModule = self.datamodule
         return str(settings.run(self.model.model, data.task, data.template, self.model.dtype_name))
+
+
+def every_option() -> list[str]:
+    """The options of ``fit``, without a run."""
+    parser = Parser()
+    parser.add_lightning_class_args(RLVRTrainer, "trainer")
+    parser.add_lightning_class_args(RLVRModule, "model")
+    parser.add_lightning_class_args(RLVRDataModule, "data")
+    return ["seed_everything", *option_keys(parser)]
 
 
 def load_callbacks() -> None:
@@ -140,10 +198,16 @@ def run(arguments: list[str]) -> int:
             seed_everything_default=0,
             parser_kwargs={"parser_mode": "omegaconf+", "usage": "lit-rlvr <command> [options]", **usage},
             auto_configure_optimizers=False,
+            parser_class=Parser,
         )
-    except (ValueError, RuntimeError, OSError, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         if os.environ.get("LIT_RLVR_DEBUG"):
             raise
-        console().print(f"lit-rlvr: error: {error}", markup=False)
+        fail(interpolation(error, every_option()))
+        return 2
+    except (ValueError, RuntimeError, OSError, ImportError, MisconfigurationException) as error:
+        if os.environ.get("LIT_RLVR_DEBUG"):
+            raise
+        fail(str(error))
         return 2
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def resolve_model(source: str) -> str:
         ValueError: For an unknown built-in model.
     """
     if not source.startswith(BUILTIN):
-        return source
+        return _existing(source)
     name = source.removeprefix(BUILTIN)
     if name != TINY:
         raise ValueError(f"there is no built-in model {name!r}; the only one is {BUILTIN}{TINY}")
@@ -42,6 +43,26 @@ def resolve_model(source: str) -> str:
         if not (folder / "model.safetensors").exists():
             save_model(tiny_qwen3(), character_tokenizer(ALPHABET + "?"), folder)
     return str(folder)
+
+
+def _existing(source: str) -> str:
+    """``source``, unless it is clearly a path and there is no such folder.
+
+    Raises:
+        ValueError: When the folder does not exist, or is no model folder.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"{source} is no model folder: it has no config.json")
+        return str(path)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        raise ValueError(
+            f"there is no model folder {source}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
+    return source
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -70,7 +70,7 @@ class InProcessEngine(Engine):
         return out.finish()
 
     def _chunks(self, prompts: int, samples: int) -> Iterator[tuple[range, Tensor]]:
-        """Prompts that are decoded together, and their output rows [prompts * samples]: at most ``max_rows`` of them."""
+        """Prompts that are decoded together, and their output rows: at most ``max_rows`` at a time."""
         together = max(1, self.max_rows // max(samples, 1))
         for start in range(0, prompts, together):
             chunk = range(start, min(start + together, prompts))
