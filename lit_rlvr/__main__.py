@@ -12,6 +12,7 @@ commands:
   fit        train a policy           lit-rlvr fit --config configs/quickstart.yaml
   validate   evaluate on held-out validation problems
   test       evaluate on held-out test problems
+  explain    what a run would do: steps, tokens, algorithm, credit, memory
   warmup     supervised warm start on a task's demonstrations, kept in a cache
 
 lit-rlvr <command> --help lists a command's options; --print_config prints the configuration that they make.

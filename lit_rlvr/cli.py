@@ -15,11 +15,11 @@ quiet_libraries()
 import lightning.pytorch as pl  # noqa: E402
 from jsonargparse import set_parsing_settings  # noqa: E402
 from jsonargparse.typing import lazy_instance  # noqa: E402
+from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 from lightning.pytorch.strategies import Strategy  # noqa: E402
-from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from torch.optim import Optimizer  # noqa: E402
 from torch.optim.lr_scheduler import LRScheduler  # noqa: E402
@@ -27,10 +27,12 @@ from torch.optim.lr_scheduler import LRScheduler  # noqa: E402
 from lit_rlvr.advantages import Advantage  # noqa: E402
 from lit_rlvr.aggregation import Aggregation  # noqa: E402
 from lit_rlvr.checkpoint import PhaseCheckpoint  # noqa: E402
+from lit_rlvr.checks import check_trainer  # noqa: E402
 from lit_rlvr.cli_errors import class_names, clear, interpolation, missing_file, option_keys  # noqa: E402
 from lit_rlvr.credit import all_callbacks, credit_chain  # noqa: E402
 from lit_rlvr.data import RLVRDataModule  # noqa: E402
 from lit_rlvr.engines import Engine  # noqa: E402
+from lit_rlvr.explain import Cluster, explain  # noqa: E402
 from lit_rlvr.losses import PolicyLoss  # noqa: E402
 from lit_rlvr.module import RLVRModule  # noqa: E402
 from lit_rlvr.progress import RLVRProgress  # noqa: E402
@@ -89,20 +91,27 @@ def fail(sentence: str) -> None:
     console().print(f"lit-rlvr: error: {sentence}", markup=False)
 
 
+OWN_COMMANDS = ("explain", "warmup")
+"""Commands beside Lightning's."""
+
+
 class RLVRTrainer(pl.Trainer):
-    """Lightning's Trainer with the one command that it lacks."""
+    """Lightning's Trainer with the commands that it lacks."""
+
+    def explain(self, model: RLVRModule, datamodule: RLVRDataModule) -> None:
+        """Print what a run would do: steps, tokens, algorithm, credit chain and memory; no weights are loaded."""
 
     def warmup(self, model: RLVRModule, datamodule: RLVRDataModule) -> None:
         """Warm-start the policy on the task's demonstrations and print the folder that holds it."""
 
 
 class CLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``warmup``."""
+    """``fit``, ``validate``, ``test``, ``explain`` and ``warmup``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        commands = LightningCLI.subcommands()
-        return {**{n: commands[n] for n in ("fit", "validate", "test")}, "warmup": {"model", "datamodule"}}
+        commands, own = LightningCLI.subcommands(), {"model", "datamodule"}
+        return {**{n: commands[n] for n in ("fit", "validate", "test")}, **dict.fromkeys(OWN_COMMANDS, own)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -118,6 +127,9 @@ class CLI(LightningCLI):
         set_up_logging(quiet=self._get(self.config, "quiet"))
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
+        if self.subcommand == "explain":  # the machine that explains a run need not be the one that runs it
+            self._asked = dict(config)
+            config = {**config, "accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1, "logger": False}
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         if self.subcommand == "fit":
@@ -147,6 +159,15 @@ class CLI(LightningCLI):
             raise ValueError(missing_file(Path(path)))
         if (folder := self._warm_start()) is not None:
             self.model.start_from(folder)
+
+    def explain(self, **_: Any) -> None:
+        """The ``explain`` command."""
+        module, data, trainer = self.model, self.datamodule, self.trainer
+        trainer.strategy.connect(module)
+        module.trainer = data.trainer = trainer
+        vars(trainer)["datamodule"] = data  # what Trainer.fit would do
+        check_trainer(module, trainer)
+        explain(module, data, trainer, Cluster.of(self._asked), self._asked)
 
     def warmup(self, **_: Any) -> None:
         """The ``warmup`` command."""
@@ -208,6 +229,9 @@ def run(arguments: list[str]) -> int:
     except (ValueError, RuntimeError, OSError, ImportError, MisconfigurationException) as error:
         if os.environ.get("LIT_RLVR_DEBUG"):
             raise
-        fail(str(error))
+        said: BaseException = error
+        while said.__cause__ is not None and str(said).startswith("Does not validate against any of the Union"):
+            said = said.__cause__  # the sentence of a constructor, which jsonargparse wraps
+        fail(str(said))
         return 2
     return 0

@@ -188,7 +188,7 @@ def option_keys(parser: Any) -> list[str]:
 def class_names(bases: Iterable[type]) -> list[str]:
     """Short names of all imported subclasses of ``bases``."""
     names: set[str] = set()
-    todo = list(bases)
+    todo: list[Any] = list(bases)
     while todo:
         cls = todo.pop()
         todo += [c for c in cls.__subclasses__() if c.__name__ not in names]

@@ -151,6 +151,8 @@ def assign_credit(chain: Sequence[CreditCallback], rollout: RolloutBatch, credit
             continue
         ctx._prefix = f"credit/{callback.state_key}/"
         credit = callback.assign(credit, rollout, ctx)
+        if not isinstance(credit, Credit):
+            raise ValueError(f"{callback.state_key} returned {type(credit).__name__} from assign, expected a Credit")
         check_credit(credit, rollout.response_mask, callback.state_key)
     return credit
 

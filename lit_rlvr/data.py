@@ -50,6 +50,8 @@ class Template:
     system: str | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in ("plain", "chat"):
+            raise ValueError(f"template.kind must be plain or chat, got {self.kind!r}")
         if "{question}" not in self.text:
             raise ValueError(f"template.text must contain {{question}}, got {self.text!r}")
         if self.system is not None and self.kind == "plain":

@@ -33,7 +33,11 @@ def plan(draws: list[list[int]], wanted: int, minibatches: int) -> dict[int, tup
     for number in range(minibatches):
         start, stop = (len(used) * i // minibatches for i in (number, number + 1))
         members = used[start:stop]
-        room = [len(members) // len(draws) + (rank < len(members) % len(draws)) for rank in range(len(draws))]
+        held = [sum(home[draw] == rank for draw in members) for rank in range(len(draws))]
+        fullest_first = sorted(range(len(draws)), key=lambda rank: (-held[rank], rank))
+        room = [len(members) // len(draws)] * len(draws)
+        for rank in fullest_first[: len(members) % len(draws)]:
+            room[rank] += 1
         movers = []
         for draw in members:
             if room[home[draw]]:

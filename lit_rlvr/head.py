@@ -176,7 +176,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *outputs: Any) -> Any:
+    def backward(ctx: Any, *outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         g_logp, g_entropy = outputs
         head: _Head = ctx.head
         grads = _Gradients(head, ctx.needs_input_grad[:3])
@@ -215,7 +215,7 @@ class _SelectedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *outputs: Any) -> Any:
+    def backward(ctx: Any, *outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         returned = _returned(ctx.grads, ctx.like, outputs[0])
         ctx.grads = None
         return *returned, None, None, None, None

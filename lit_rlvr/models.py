@@ -1,4 +1,4 @@
-"""Where models come from: a Hugging Face folder or name, or a tiny one built on the spot."""
+"""Where models come from: a Hugging Face folder or name, a GGUF file, or a tiny one built on the spot."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from lit_rlvr.tasks.last_digit import ALPHABET
 
 BUILTIN = "builtin:"
+GGUF = "gguf:"
 TINY = "tiny-qwen3-75k"
-PAD, END = "<pad>", "<eos>"
+PAD, END, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
 def cache_folder() -> Path:
@@ -27,11 +28,15 @@ def cache_folder() -> Path:
 
 
 def resolve_model(source: str) -> str:
-    """A folder or name that transformers opens; built-in models are made on first use.
+    """A folder or name that transformers opens; built-in models are made, and GGUF files converted, on first use.
 
     Raises:
-        ValueError: For an unknown built-in model.
+        ValueError: For an unknown built-in model, or a GGUF file that cannot be read.
     """
+    if source.startswith(GGUF):
+        from lit_rlvr.gguf import converted
+
+        return converted(source)
     if not source.startswith(BUILTIN):
         return _existing(source)
     name = source.removeprefix(BUILTIN)
@@ -41,7 +46,7 @@ def resolve_model(source: str) -> str:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "model.safetensors").exists():
-            save_model(tiny_qwen3(), character_tokenizer(ALPHABET + "?"), folder)
+            save_model(tiny_qwen3(), character_tokenizer(ALPHABET), folder)
     return str(folder)
 
 
@@ -72,12 +77,12 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
-    """One token per character of ``alphabet``, beside padding and end."""
-    vocabulary = {token: i for i, token in enumerate([PAD, END, *alphabet])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
+    """One token per character of ``alphabet``, beside padding, end and unknown."""
+    vocabulary = {token: i for i, token in enumerate([PAD, END, UNKNOWN, *alphabet])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)
 
 
 def tiny_qwen3(seed: int = 0) -> Qwen3ForCausalLM:

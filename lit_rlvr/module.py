@@ -49,7 +49,8 @@ class RLVRModule(pl.LightningModule):
     """Policy, reference and algorithm.
 
     Args:
-        model: Hugging Face folder or hub name of the policy, or ``builtin:tiny-qwen3-75k``.
+        model: Hugging Face folder or hub name of the policy, ``gguf:PATH`` of a GGUF file (PATH may begin with the name
+            of an installed package that holds it), or ``builtin:tiny-qwen3-75k``.
         dtype: Dtype of the weights: ``float32``, ``bfloat16`` or ``float64``.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         batch: Sizes of a rollout phase and of its optimiser steps.
@@ -269,15 +270,21 @@ class RLVRModule(pl.LightningModule):
         self.evaluator.update(self, prompts[self.reduce.rank :: self.reduce.world_size])
 
     def on_validation_epoch_end(self) -> None:
-        self.evaluator.finish(self.trainer.global_step)
-        self.log_dict({f"val/{name}": value for name, value in self.evaluator.latest.items()})
+        self._report("val")
 
     def test_step(self, batch: EvalTicket, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        self.evaluator.finish(self.trainer.global_step)
-        self.log_dict({f"test/{name}": value for name, value in self.evaluator.latest.items()})
+        self._report("test")
+
+    def _report(self, split: str) -> None:
+        """Log what was evaluated, as of the optimiser steps taken so far; Lightning's loggers would count one less."""
+        step = self.trainer.global_step
+        metrics = {f"{split}/{name}": value for name, value in self.evaluator.finish(step).items()}
+        self.log_dict(metrics, logger=False)
+        if not self.trainer.sanity_checking:
+            self.emit(metrics, step)
 
     # -- saving --------------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,8 @@ class RLVRProgress(ProgressBar):
         self.quiet = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._recent.clear()
+        self._said, self._header, self._shown = 0.0, False, False
         if self.quiet or not trainer.is_global_zero:
             return
         self._bar = Progress(

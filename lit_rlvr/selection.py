@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ def top_k(keys: list[Tensor], eligible: Tensor, k: int, reduce: Reduce) -> Tenso
             above = torch.cat([at_or_above[1:], at_or_above.new_zeros(1)])
             if left <= 0:
                 return chosen
+            if left >= int(at_or_above[0]):
+                return chosen | open_
             edge = int((at_or_above >= left).nonzero().max())
             chosen = chosen | (open_ & (digit > edge))
             left -= int(above[edge])
@@ -57,9 +60,9 @@ def top_k(keys: list[Tensor], eligible: Tensor, k: int, reduce: Reduce) -> Tenso
 
 
 def share(rho: float, n: int) -> int:
-    """ceil(rho * n), without the rounding error that makes 0.2 * 15 come out as 4.
+    """ceil(rho * n), without the rounding error that makes 0.07 * 100 come out as 8.
 
-    >>> share(0.2, 15), share(0.2, 16), share(1.0, 7)
-    (3, 4, 7)
+    >>> share(0.07, 100), share(0.2, 16), share(1.0, 7)
+    (7, 4, 7)
     """
-    return min(n, math.ceil(rho * n - 1e-9 * max(1.0, rho * n)))
+    return math.ceil(Fraction(str(rho)) * n)

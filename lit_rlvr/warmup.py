@@ -26,7 +26,7 @@ from lit_rlvr.types import RolloutBatch
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same settings would give other weights."""
 
 

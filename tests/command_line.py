@@ -84,18 +84,22 @@ def untouched_process() -> Iterator[None]:
     kept = [(log, log.handlers, log.propagate, log.level) for log in map(logging.getLogger, names)]
     state = random.getstate()
     places = patch.object(sys, "argv", sys.argv), patch.object(sys, "path", list(sys.path)), patch.dict(os.environ)
-    with places[0], places[1], places[2], torch.random.fork_rng():
-        yield
-    random.setstate(state)
-    for log, handlers, propagate, level in kept:
-        log.handlers, log.propagate = handlers, propagate
-        log.setLevel(level)
+    try:
+        with places[0], places[1], places[2], torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(state)
+        for log, handlers, propagate, level in kept:
+            log.handlers, log.propagate = handlers, propagate
+            log.setLevel(level)
 
 
 def cli(folder: Path, *arguments: str) -> Outcome:
     """Run ``lit-rlvr`` in ``folder``."""
     out, err = io.StringIO(), io.StringIO()
     with untouched_process(), chdir(folder), redirect_stdout(out), redirect_stderr(err):
+        # MLflow keeps a connection by its address, so in one process a relative one would lead to the first folder.
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         try:
             code: Any = main(list(arguments))
         except SystemExit as exit:

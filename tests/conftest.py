@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from unittest.mock import patch
 
 import pytest
 import torch
-from command_line import TINY, TinyFit, succeed
+from command_line import TINY, TinyFit, succeed, untouched_process
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,9 +24,9 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def own_database() -> Iterator[None]:
-    """A logger leaves its database's address in the environment, where the next one would look for it."""
-    with patch.dict(os.environ):
+def alone() -> Iterator[None]:
+    """What a test's commands and loggers leave behind in the process ends with it."""
+    with untouched_process():
         yield
 
 

@@ -223,7 +223,6 @@ def test_a_wrong_shape_names_the_callback() -> None:
         assign_credit([Transposer()], ROLLOUT, CREDIT, CreditContext())
 
 
-@pytest.mark.xfail(strict=True, reason="check_credit looks at the tensors before it knows that there is a Credit")
 def test_a_forgotten_return_names_the_callback() -> None:
     """The commonest slip of a first callback."""
 

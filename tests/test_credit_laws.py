@@ -70,7 +70,7 @@ TABLE: dict[str, Entry] = {
     "StageDetector": Entry(
         "stage",
         {
-            "detect": lambda: StageDetector(window=1, patience=1, drop=0.5, smoothing=0.7),
+            "detect": lambda: StageDetector(window=1, patience=2, drop=0.9, smoothing=0.7),
             "fixed": lambda: StageDetector(at_step=6),
         },
         {"defaults": lambda: StageDetector(), "plateau": lambda: StageDetector(at_step=0)},

@@ -76,9 +76,10 @@ def test_outliers_leave_mean_and_deviation_but_are_scored() -> None:
     """1, 2, 3, 4, 9: quartiles 2 and 4 reach from -1 to 7, so mean 2.5 and deviation sqrt 1.25 are of 1 to 4."""
     w = (torch.tensor([1.0, 2.0, 3.0, 4.0, 9.0]).double() - 2.5) / math.sqrt(1.25)
     near(factors(rollout_of([1.0, 2.0, 3.0, 4.0, 9.0]), 0.02), 1 - 0.02 * w)
-    # 7 lies on the fence and still counts: mean 3.4, variance 21.2 / 5.
+    # 7 lies on the upper fence and still counts: mean 3.4, variance 21.2 / 5. Mirrored, 1 lies on the lower one.
     w = (torch.tensor([1.0, 2.0, 3.0, 4.0, 7.0]).double() - 3.4) / math.sqrt(21.2 / 5)
     near(factors(rollout_of([1.0, 2.0, 3.0, 4.0, 7.0]), 0.02), 1 - 0.02 * w)
+    near(factors(rollout_of([7.0, 6.0, 5.0, 4.0, 1.0]), 0.02), 1 + 0.02 * w)
 
 
 def test_an_outlier_reaches_the_clamp_at_the_papers_alpha() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,12 @@ def test_zero_stays_zero() -> None:
 
 
 def test_each_response_has_its_own_length() -> None:
-    """The second of two tokens stands at r = 1/2, like the third of four; padding gets nothing."""
-    after = shaped(1.0, build_rollout([[0.5] * 4, [0.5] * 2]))
+    """The second of two tokens stands at r = 1/2, like the third of four; padding gets nothing, whatever it holds."""
+    rollout = build_rollout([[0.5] * 4, [0.5] * 2])
+    credit = replace(full_credit(rollout), advantage=torch.ones(2, 4))
+    after = assign_credit([PositionShaping()], rollout, credit, CreditContext()).advantage
     near(after[0], 1 + BONUS[0])
-    near(after[1], torch.tensor([1 + float(BONUS[0, 0]), 1.05, 0.0, 0.0]).double())
+    near(after[1], torch.tensor([1 + float(BONUS[0, 0]), 1.05, 1.0, 1.0]).double())
 
 
 @pytest.mark.parametrize(("step", "acts"), [(0, False), (200, False), (201, True), (299, True), (300, False)])

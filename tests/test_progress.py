@@ -94,7 +94,6 @@ def test_a_last_phase_that_was_shown_is_not_repeated(monkeypatch: pytest.MonkeyP
     assert [line[0] for line in run.lines()] == ["step", "2"]
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is reset at the start of training: the second one shows no line")
 def test_a_second_training_is_shown_like_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a notebook one Trainer may train twice."""
     run = Run(RLVRProgress(), monkeypatch, terminal=False)

@@ -140,9 +140,10 @@ def test_share_is_the_exact_ceiling(permille: int, n: int) -> None:
     assert share(permille / 1000, n) == math.ceil(Fraction(permille, 1000) * n)
 
 
-@pytest.mark.parametrize(("rho", "n", "k"), [(0.2, 15, 3), (0.2, 16, 4), (0.1, 30, 3), (0.7, 10, 7), (1.0, 9, 9)])
+@pytest.mark.parametrize(("rho", "n", "k"), [(0.07, 100, 7), (0.14, 50, 7), (0.14, 51, 8), (0.2, 15, 3), (1.0, 9, 9)])
 def test_share_where_floating_point_rounds_up(rho: float, n: int, k: int) -> None:
-    """0.2 * 15 = 3.0000000000000004 in floating point."""
+    """0.07 * 100 = 7.000000000000001 and 0.14 * 50 likewise."""
+    assert math.ceil(0.07 * 100) == 8
     assert share(rho, n) == k
     assert share(rho, 0) == 0
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -16,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from lit_rlvr.tracking import MLflow, flatten, mlflow_loggers
+from lit_rlvr.tracking import MLflow, flatten, git_commit, mlflow_loggers
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def names(run: Run, prefix: str) -> set[str]:
 
 def test_flatten() -> None:
     """Lists are numbered; null and empty settings are left out, false and zero are not."""
-    tree = {"a": [{"b": 0}, [False, None]], "c": {"d": {}, "e": []}, "f": None, "g": "", "h": (1, 2)}
+    tree: dict[str, Any] = {"a": [{"b": 0}, [False, None]], "c": {"d": {}, "e": []}, "f": None, "g": "", "h": (1, 2)}
     assert flatten(tree) == {"a.0.b": 0, "a.1.0": False, "g": "", "h": (1, 2)}
 
 
@@ -133,7 +135,6 @@ def test_an_evaluation_is_logged_by_its_names(run: Run, client: MlflowClient) ->
     assert names(run, "val/") == {f"{way}/{measure}" for way in ("sampled", "greedy") for measure in measures}
 
 
-@pytest.mark.xfail(strict=True, reason="Lightning's log_dict counts steps from 0, everything else here from 1")
 def test_an_evaluation_is_logged_at_its_step(run: Run, client: MlflowClient, tiny_fit: TinyFit) -> None:
     """Where the terminal and the metrics of training say that it was: after steps 2 and 4."""
     assert "validation at step 2:" in tiny_fit.outcome.err
@@ -152,10 +153,10 @@ def test_files(client: MlflowClient, run: Run, tiny_fit: TinyFit, tmp_path: Path
 
 def test_a_run_that_goes_on_keeps_its_parameters(tiny_fit: TinyFit, tmp_path: Path) -> None:
     """Parameters are written once; what changed is a tag, what is new is added, long values are no change."""
-    uri = f"sqlite:///{tmp_path}/m.db"
-    first = MLflow(uri, artifact_location=str(tmp_path))
+    uri = tiny_fit.database
+    first = MLflow(uri, "another experiment", artifact_location=str(tmp_path))
     first.log_params_once({"lr": 0.1, "seed": 1, "long": "x" * 300})
-    again = MLflow(uri, run_id=first.run_id)
+    again = MLflow(uri, "another experiment", run_id=first.run_id)
     again.log_params_once({"lr": 0.2, "seed": 1, "long": "x" * 300, "new": True})
     found = MlflowClient(uri).get_run(str(first.run_id)).data
     assert found.params == {"lr": "0.1", "seed": "1", "long": "x" * 250, "new": "True"}
@@ -210,11 +211,43 @@ def test_only_the_first_rank_opens_a_database(monkeypatch: pytest.MonkeyPatch, t
     assert mlflow_loggers(trainer) == [logger]
 
 
-def test_the_address_of_the_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The argument, then MLflow's own variable, then a file beside you; none is opened before it is needed."""
-    monkeypatch.chdir(tmp_path)
-    assert MLflow().tracking_uri == "sqlite:///mlflow.db"
+def test_the_address_of_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The argument, then MLflow's own variable, then a file beside you; another rank opens none of them."""
+    opened: list[str] = []
+    monkeypatch.setattr("mlflow.tracking.MlflowClient", opened.append)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    MLflow()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///variable.db")
-    assert MLflow().tracking_uri == "sqlite:///variable.db"
-    assert MLflow("sqlite:///argument.db").tracking_uri == "sqlite:///argument.db"
-    assert list(tmp_path.iterdir()) == []
+    MLflow()
+    MLflow("sqlite:///argument.db")
+    assert opened == ["sqlite:///mlflow.db", "sqlite:///variable.db", "sqlite:///argument.db"]
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    MLflow("sqlite:///argument.db")
+    assert opened[3:] == ["http://127.0.0.1"]
+
+
+def test_the_commit_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marked when tracked files differ from it; ``none`` outside a repository, and where git is slow or missing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_commit() == "none"
+
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=x", "-c", "user.email=x@y.invalid", "-c", "commit.gpgsign=false")
+        done = subprocess.run(["git", *identity, *arguments], capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout.strip()
+
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-m", "one")
+    assert git_commit() == git("rev-parse", "HEAD")
+    (tmp_path / "new").write_text("not tracked")
+    assert "+" not in git_commit()
+    (tmp_path / "file").write_text("two")
+    assert git_commit() == git("rev-parse", "HEAD") + "+changes"
+    for error in (FileNotFoundError("git"), subprocess.TimeoutExpired("git", 10)):
+        monkeypatch.setattr("lit_rlvr.tracking.subprocess.run", Mock(side_effect=error))
+        assert git_commit() == "none"
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)

@@ -104,7 +104,6 @@ def test_a_verifier_that_ends_its_process(pool: Verifier) -> None:
     assert judge(pool, "good").scores == [Score(0.5, True, "good")]
 
 
-@pytest.mark.xfail(strict=True, raises=SystemExit, reason="SystemExit is no Exception: it goes through to the run")
 @pytest.mark.parametrize("trusted", [False, True])
 def test_a_verifier_that_calls_exit(trusted: bool) -> None:
     """``sys.exit`` in a verifier does not end the run."""
@@ -117,7 +116,6 @@ def test_a_verifier_that_calls_exit(trusted: bool) -> None:
     assert verdicts.failures == {"SystemExit: 3": 1}
 
 
-@pytest.mark.xfail(strict=True, reason="such an exception breaks pebble's pool, and a broken pool stays in use")
 def test_a_verifier_whose_exception_cannot_travel() -> None:
     """It is that answer's failure; the other answers and the next batch are judged."""
     verifier = Verifier(Misbehaving(), workers=1)

@@ -22,8 +22,8 @@ class PerplexityShaping(CreditCallback):
     is left); a deviation of at most 1e-6 counts as 1. A positive ``alpha`` favours low-perplexity responses, a negative
     one high-perplexity responses.
 
-    Source: Deng et al. 2025 (arXiv 2508.02260) and its released code. The paper's alpha of 0.01 moves advantages by at
-    most 2.6 % at 8 responses per prompt.
+    Source: Deng et al. 2025 (arXiv 2508.02260) and its released code. With the paper's alpha of 0.01 and 8 responses
+    per prompt, advantages move by at most 2.6 % unless a response is an outlier.
 
     Args:
         alpha: Strength.
@@ -36,7 +36,7 @@ class PerplexityShaping(CreditCallback):
         self.alpha = alpha
 
     def assign(self, credit: Credit, rollout: RolloutBatch, ctx: CreditContext) -> Credit:
-        log_ppl = -(rollout.old_logprobs * rollout.response_mask).sum(-1) / rollout.lengths.clamp(min=1)
+        log_ppl = -(rollout.old_logprobs.double() * rollout.response_mask).sum(-1) / rollout.lengths.clamp(min=1)
         factor = (1 - self.alpha * standardise(log_ppl, rollout.group)).clamp(*CLAMP).to(credit.advantage)
         ctx.log("log_perplexity", mean(ctx.reduce, log_ppl))
         ctx.log("factor_deviation", mean(ctx.reduce, (factor - 1).abs()))

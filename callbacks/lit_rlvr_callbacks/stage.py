@@ -57,18 +57,21 @@ class StageDetector(CreditCallback):
         return "rising" if self.plateau_step is None else "plateau"
 
     def observe(self, rollout: RolloutBatch, ctx: CreditContext) -> None:
+        if not float(ctx.reduce.sum(rollout.response_mask.sum())):
+            return  # dynamic sampling kept nothing: no entropy to look at
         entropy = mean(ctx.reduce, rollout.entropies, rollout.response_mask)
         last = self._smoothed[-1] if self._smoothed else entropy
         smoothed = last + self.smoothing * (entropy - last)
         self._smoothed = [*self._smoothed, smoothed][-self.window - 1 :]
-        if len(self._smoothed) > self.window and self._smoothed[0] > 0:
-            relative = 1 - smoothed / self._smoothed[0]
+        if len(self._smoothed) > self.window:
+            relative = 1 - smoothed / self._smoothed[0] if self._smoothed[0] > 0 else 0.0
             self._flat = self._flat + 1 if relative < self.drop else 0
             ctx.log("relative_drop", relative)
         due = ctx.step >= self.at_step if self.at_step is not None else self._flat >= self.patience
         if self.plateau_step is None and due:
             self.plateau_step = ctx.step
-            log.info("stage: rising → plateau at rollout phase %d (smoothed entropy %.4f nats)", ctx.step, smoothed)
+            if ctx.reduce.rank == 0:
+                log.info("stage: rising → plateau at rollout phase %d (smoothed entropy %.4f nats)", ctx.step, smoothed)
         ctx.log("smoothed_entropy", smoothed)
         ctx.log("plateau", float(self.plateau_step is not None))
         ctx.log("plateau_step", -1 if self.plateau_step is None else self.plateau_step)

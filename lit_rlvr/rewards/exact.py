@@ -18,7 +18,7 @@ class ExactMatch(Reward):
 
     Args:
         pattern: Regular expression whose one group finds the answer, for example ``#(\d+)``; the last match counts.
-            Null: the whole response is the answer.
+            Empty: the whole response is the answer.
         ignore_case: Whether ``Paris`` equals ``paris``.
         weight: Its factor in the sum of all rewards.
 
@@ -26,14 +26,14 @@ class ExactMatch(Reward):
         ValueError: When ``pattern`` is no regular expression with one group.
     """
 
-    pattern: str | None = None
+    pattern: str = ""  # not null: in YAML, jsonargparse reads a `str | None` that begins with # as null
     ignore_case: bool = False
     weight: float = 1.0
     isolated = False
     needs_answer = True
 
     def __post_init__(self) -> None:
-        if self.pattern is None:
+        if not self.pattern:
             return
         try:
             groups = re.compile(self.pattern).groups
@@ -56,7 +56,7 @@ class ExactMatch(Reward):
         >>> ExactMatch(pattern=r"#(\d+)").find("#4|no: #5")
         '5'
         """
-        if self.pattern is None:
+        if not self.pattern:
             return response.strip()
         answer: str | None = None
         for match in re.finditer(self.pattern, response):

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from numbers import Real
@@ -21,6 +21,9 @@ from lit_rlvr.rewards.base import Judgement, Reward
 
 if TYPE_CHECKING:
     from lit_rlvr.tasks.base import Prompt
+
+Value = str | bool | int | float | list[Any] | dict[str, Any] | None
+"""Not Any: jsonargparse would read the text "#" as null."""
 
 OFFERED = ("response", "answer", "question", "meta")
 """What a function may ask for by the names of its parameters."""
@@ -49,7 +52,7 @@ class PythonFunction(Reward):
     """
 
     function: Place
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Value] = field(default_factory=dict)
     weight: float = 1.0
     isolated = True
 
@@ -94,7 +97,7 @@ def load(function: str) -> Callable[..., Any]:
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ValueError(f"{where} has no function {name!r}{did_you_mean(name, own)}")
     if not callable(found):
-        raise ValueError(f"{function} is a {type(found).__name__}, not a function")
+        raise ValueError(f"{function} is of type {type(found).__name__}, not a function")
     return found  # type: ignore[no-any-return]
 
 
@@ -132,7 +135,7 @@ def module_of_file(path: str) -> ModuleType:
     return module
 
 
-def check_parameters(name: str, function: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+def check_parameters(name: str, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse a function that could not be called.
 
     Raises:

@@ -171,7 +171,7 @@ def check_text(column: str, value: Any, expected: str = "text") -> None:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"column {column!r} is empty")
     if not isinstance(value, str):
-        raise ValueError(f"column {column!r} is a {type(value).__name__}, expected {expected}")
+        raise ValueError(f"column {column!r} is of type {type(value).__name__}, expected {expected}")
 
 
 def plain_answer(column: str, value: Any) -> str:

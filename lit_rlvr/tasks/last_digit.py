@@ -32,7 +32,7 @@ class LastDigitArithmetic(Task):
         return _problem_sets(self.seed)[split]
 
     def score(self, prompt: Prompt, response: str) -> Score:
-        answer = response.split("#")[1] if response.count("#") == 1 else None
+        answer = (response.split("#")[1] or None) if response.count("#") == 1 else None
         correct = answer == prompt.answer
         return Score(float(correct), correct, answer)
 

@@ -21,9 +21,17 @@ def _start_worker(task: Task) -> None:
     _task = task
 
 
-def _score_in_worker(prompt: Prompt, response: str) -> Score:
+def _score_in_worker(prompt: Prompt, response: str) -> Score | str:
     assert _task is not None
-    return _checked(_task.score(prompt, response))
+    return _score(_task, prompt, response)
+
+
+def _score(task: Task, prompt: Prompt, response: str) -> Score | str:
+    """A score, or why there is none. Whatever a verifier does is its failure, not the run's: ``sys.exit`` too."""
+    try:
+        return _checked(task.score(prompt, response))
+    except (Exception, SystemExit) as error:
+        return describe(error)
 
 
 def _checked(score: Any) -> Score:
@@ -89,13 +97,7 @@ class Verifier:
             self._pool = None
 
     def _here(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Score | str]:
-        results: list[Score | str] = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            try:
-                results.append(_checked(self.task.score(prompt, response)))
-            except Exception as error:  # whatever a verifier raises is its failure, not the run's
-                results.append(describe(error))
-        return results
+        return [_score(self.task, *pair) for pair in zip(prompts, responses, strict=True)]
 
     def _in_pool(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Score | str]:
         from pebble import ProcessPool
@@ -114,7 +116,7 @@ class Verifier:
                 results.append(future.result())
             except TimeoutError:
                 results.append(f"no verdict within {self.timeout:g} s")
-            except Exception as error:  # raised in the worker, or the worker's death
+            except Exception as error:  # the worker's death, or a task that cannot travel to it
                 results.append(describe(error))
         return results
 

@@ -1,0 +1,129 @@
+"""Every YAML file below ``configs/``: parses, means what it says, and makes a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from command_line import CONFIGS, QUICKSTART, cli, succeed
+
+from lit_rlvr import RLVRDataModule, RLVRModule
+from lit_rlvr.cli import CLI
+from lit_rlvr.credit import all_callbacks, credit_chain
+from lit_rlvr.rollout_pages import RolloutPages
+
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+EVERY_FILE = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
+NEEDED = ("--model.model=builtin:tiny-qwen3-75k", "--data.task=last_digit_arithmetic")
+HERE = ("--trainer.accelerator=cpu", "--warmup=null", "--trainer.logger=false", "--trainer.precision=32-true")
+
+
+def holds(resolved: Any, wanted: Any) -> bool:
+    """Whether a resolved configuration has the values of a file, short class names and interpolations filled in."""
+    if isinstance(wanted, dict):
+        return all(
+            holds(resolved["callbacks"][-len(value) :] if key == "callbacks+" else resolved[key], value)
+            for key, value in wanted.items()
+        )
+    if isinstance(wanted, list):
+        return len(resolved) == len(wanted) and all(map(holds, resolved, wanted))
+    if isinstance(wanted, str) and isinstance(resolved, dict):
+        resolved = resolved["class_path"]
+    if isinstance(wanted, str) and "${" in wanted:
+        return "${" not in str(resolved) and resolved is not None
+    return bool(resolved == wanted) or (isinstance(wanted, str) and str(resolved).endswith(f".{wanted}"))
+
+
+def layers(file: Path) -> tuple[str, ...]:
+    """A file on top of the quickstart, or the quickstart itself."""
+    return QUICKSTART if file.stem == "quickstart" else (*QUICKSTART, "--config", str(file))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[CLI]:
+    """The command lines that have made everything and would now begin to train."""
+    seen: list[CLI] = []
+    monkeypatch.setattr(CLI, "_run_subcommand", lambda self, _: seen.append(self))
+    return seen
+
+
+def test_there_are_files() -> None:
+    assert len(FILES) > 10
+    assert {"algorithm", "callbacks", "logger", "model", "strategy", "task"} <= {file.parent.name for file in FILES}
+
+
+@EVERY_FILE
+def test_a_file_means_what_it_says(file: Path, tmp_path: Path) -> None:
+    """Layered on the quickstart, all of its values stand in the resolved configuration."""
+    printed = succeed(tmp_path, "fit", *layers(file), "--print_config")
+    assert holds(yaml.safe_load(printed.out), yaml.safe_load(file.read_text()))
+    assert "${" not in printed.out
+    assert printed.err == ""
+
+
+@EVERY_FILE
+def test_a_file_makes_a_run(file: Path, tmp_path: Path, started: list[CLI]) -> None:
+    """Alone, with the two options that have no default: module, data and trainer are made; no weights are loaded."""
+    given = yaml.safe_load(file.read_text())
+    needed = [n for n in NEEDED if n[2:].split("=")[0].split(".")[1] not in given.get(n[2:].split(".")[0], {})]
+    succeed(tmp_path, "fit", "--config", str(file), *needed, *HERE)
+    (made,) = started
+    assert isinstance(made.model, RLVRModule)
+    assert isinstance(made.datamodule, RLVRDataModule)
+    assert made.model.policy is None
+    listed = given.get("trainer", {})
+    wanted = [entry["class_path"] for entry in listed.get("callbacks+", listed.get("callbacks", []))]
+    made_of = [type(callback).__name__ for callback in all_callbacks(made.trainer)]
+    assert [name for name in made_of if name in wanted] == wanted
+    credit_chain(all_callbacks(made.trainer))
+
+
+def test_a_comment_opens_every_file() -> None:
+    """It says what the file is for."""
+    assert [file for file in FILES if not file.read_text().startswith("# ")] == []
+
+
+def test_all_fragments_of_callbacks_go_together(tmp_path: Path, started: list[CLI]) -> None:
+    """Two of one class would need names, so the control stays out, and the list begins empty."""
+    files = [file for file in FILES if file.parent.name == "callbacks" and file.stem != "bottom80"]
+    fragments = [argument for file in files for argument in ("--config", str(file))]
+    succeed(tmp_path, "fit", *QUICKSTART, "--trainer.callbacks=[]", *fragments, *HERE)
+    entries = [entry for file in files for entry in yaml.safe_load(file.read_text())["trainer"]["callbacks+"]]
+    chain = credit_chain(all_callbacks(started[0].trainer))
+    assert [type(callback).__name__ for callback in chain] == [entry["class_path"] for entry in entries]
+
+
+def test_a_fragment_twice_is_refused(tmp_path: Path) -> None:
+    """The quickstart has the callback already."""
+    fragment = ("--config", str(CONFIGS / "callbacks/entropy_topk.yaml"))
+    outcome = cli(tmp_path, "fit", *QUICKSTART, *fragment, *HERE)
+    assert (outcome.code, outcome.err) == (
+        2,
+        "lit-rlvr: error: two credit callbacks are named EntropyTopK; give each its own `name`\n",
+    )
+
+
+def test_qwen3_is_trained_in_bfloat16(tmp_path: Path, started: list[CLI]) -> None:
+    """The fragment's settings reach the module, and nothing asks the network for the model before training."""
+    succeed(tmp_path, "fit", *QUICKSTART, "--config", str(CONFIGS / "model/qwen3_8b.yaml"), *HERE)
+    model = started[0].model
+    assert (model.model, model.dtype_name, model.gradient_checkpointing) == ("Qwen/Qwen3-8B-Base", "bfloat16", True)
+
+
+def test_standard_callbacks_make_room(tmp_path: Path, started: list[CLI]) -> None:
+    """One of each in every run; one from the configuration keeps its settings; the user's come first."""
+    pages = ("--trainer.callbacks+=RolloutPages", "--trainer.callbacks.groups=9")
+    succeed(tmp_path, "fit", *QUICKSTART, *pages, *HERE)
+    callbacks = all_callbacks(started[0].trainer)
+    listed = [type(callback).__name__ for callback in callbacks]
+    assert listed[:3] == ["StageDetector", "EntropyTopK", "RolloutPages"]
+    for name in ("RLVRProgress", "RolloutPages", "SavePolicy", "RunRecord", "Report", "PhaseCheckpoint", "SaveConfig"):
+        assert listed.count(name) == 1, name
+    assert [c.groups for c in callbacks if isinstance(c, RolloutPages)] == [9]
+
+
+def test_checkpoints_can_be_switched_off(tmp_path: Path, started: list[CLI]) -> None:
+    succeed(tmp_path, "fit", *QUICKSTART, *HERE, "--trainer.enable_checkpointing=false")
+    assert "PhaseCheckpoint" not in [type(callback).__name__ for callback in all_callbacks(started[0].trainer)]

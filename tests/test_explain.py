@@ -1,0 +1,89 @@
+"""The run's arithmetic, and the memory estimate against what torch really allocates."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import Qwen3Config
+
+from lit_rlvr.__main__ import main
+from lit_rlvr.explain import Cluster, readable
+from lit_rlvr.memory import estimate
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "configs"
+
+
+def explained(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """What ``explain`` prints about the quickstart with options."""
+    assert main(["explain", "--config", str(CONFIGS / "quickstart.yaml"), *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_arithmetic_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    out = explained(capsys, "--model.batch.epochs=2", "--trainer.max_steps=42")
+    assert "32 prompts x 8 responses = 256 rollouts of at most 34 tokens per phase" in out
+    assert "2 pass(es) x 2 mini-batch(es) = 4 optimiser step(s) per phase" in out
+    assert "16 prompts x 8 responses = 128 rollouts" in out
+    assert "max_steps 42 = 11 phases, 2,816 rollouts" in out
+    assert "max_steps is no multiple of 4: the last phase's rollouts are not all used" in out
+    assert "20000 training problems, longest prompt 8 tokens: 625 phases" in out
+    assert "credit: StageDetector → EntropyTopK" in out
+
+
+def test_a_run_for_other_machines_is_explained_here(capsys: pytest.CaptureFixture[str]) -> None:
+    """GPUs, many nodes and a sharded strategy need not be at hand."""
+    strategy = "--trainer.strategy=ModelParallelStrategy"
+    out = explained(capsys, "--trainer.accelerator=cuda", "--trainer.devices=8", "--trainer.num_nodes=2", strategy)
+    assert "16 device(s), weights and optimizer state spread over them" in out
+    assert "each learns from 8 rollouts per step" in out
+
+
+def test_every_option_that_is_on_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    out = explained(capsys, "--config", str(CONFIGS / "algorithm/grpo.yaml"))
+    assert "kl: KLPenalty(beta=0.04, estimator='k3', where='loss')" in out
+    assert "aggregation: SequenceMean()" in out
+    assert "dynamic_sampling" not in out
+    assert "reference                  295.0 KiB" in out
+
+
+def test_the_cluster_is_read_from_the_trainer_section() -> None:
+    assert Cluster.of({"devices": "auto"}) == Cluster(1, False)
+    assert Cluster.of({"devices": [0, 3], "num_nodes": 4, "strategy": "ddp"}) == Cluster(8, False)
+    assert Cluster.of({"devices": "8", "strategy": "fsdp"}) == Cluster(8, True)
+
+
+def test_parts_of_the_estimate() -> None:
+    """Weights, gradients, AdamW's two states and the cache, by hand."""
+    config = Qwen3Config(
+        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    memory = estimate(config, dtype="bfloat16", micro_rows=1, width=10, rollout_rows=3, reference=True)
+    layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64 + 2 * 8 + 2 * 32
+    parameters = 2 * 100 * 32 + 2 * layer + 32
+    assert (memory.weights, memory.reference, memory.gradients) == (2 * parameters,) * 3
+    assert memory.optimizer == 4 * parameters
+    keys_and_values = 3 * 10 * 2 * 2 * 2 * 8 * 2
+    assert memory.cache - keys_and_values == 3 * 100 * 4 * 4
+    assert memory.rollout == memory.weights + memory.reference + memory.optimizer + memory.cache
+    sharded = estimate(config, dtype="bfloat16", micro_rows=1, width=10, rollout_rows=3, parameters_on_device=0.5)
+    assert sharded.weights == parameters
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("mode", ["plain", "checkpointing"])
+@pytest.mark.parametrize("size", ["small", "medium"])
+def test_the_estimate_is_within_a_quarter_of_the_measured_peak(size: str, mode: str) -> None:
+    command = [sys.executable, str(HERE / "memory_probe.py"), size, mode]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    estimated, peak = map(int, done.stdout.split())
+    assert 0.75 <= estimated / peak <= 1.25
+
+
+def test_readable_sizes() -> None:
+    assert [readable(n) for n in (0, 1023, 1024, 5 * 2**30)] == ["0.0 B", "1023.0 B", "1.0 KiB", "5.0 GiB"]
