@@ -28,7 +28,7 @@ test: setup      ## Run the tests.
 	$(RUN)/python -m pytest
 
 slow: setup      ## Run the slow tests.
-	$(RUN)/python -m pytest -m slow
+	$(RUN)/python -m pytest -m slow --numprocesses=0
 
 check: setup     ## Linters, type checkers, import contract, doctests and tests.
 	$(RUN)/ruff check .

@@ -40,7 +40,6 @@ from lit_rlvr.policy import load_policy
 from lit_rlvr.reduce import Reduce, default_reduce
 from lit_rlvr.settings import Batch, Evaluation
 from lit_rlvr.shaping import DynamicSampling, OverlongPenalty
-from lit_rlvr.types import EncodedPrompt
 
 log = logging.getLogger(__name__)
 
@@ -211,10 +210,6 @@ class RLVRModule(pl.LightningModule):
         if not isinstance(data, RLVRDataModule):
             raise ValueError("RLVRModule needs an RLVRDataModule: trainer.fit(module, datamodule=RLVRDataModule(task))")
         return data
-
-    def prompts(self, count: int) -> list[EncodedPrompt]:
-        """The next training prompts; equal on every rank."""
-        return self.data.draw(count)
 
     def start_from(self, folder: str | Path) -> None:
         """Train the model in ``folder``, a warm start of ``model``, instead of ``model`` itself."""

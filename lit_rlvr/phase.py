@@ -47,7 +47,7 @@ def run_phase(module: RLVRModule, number: int, reduce: Reduce) -> Phase:
     """Run rollout phase ``number`` of ``module``; every rank calls it."""
     batch, seconds = module.batch, dict[str, float]()
     started = time.perf_counter()
-    own, tally = module.collector.collect(module.policy, module.prompts, batch.prompts, number, reduce)
+    own, tally = module.collector.collect(module.policy, module.data.draw, batch.prompts, number, reduce)
     rollout, owner, surplus = share_groups(own, batch.prompts, batch.minibatches, reduce)
     with _timed(seconds, "time/score_s"):
         rollout, own_old = _score(module, rollout, reduce)
