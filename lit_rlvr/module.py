@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -274,11 +275,12 @@ class RLVRModule(pl.LightningModule):
         self._report("test")
 
     def _report(self, split: str) -> None:
-        """Log what was evaluated, as of the optimiser steps taken so far; Lightning's loggers would count one less."""
+        """Log what was evaluated; during training by ourselves, because Lightning's loggers would count one step less."""
         step = self.trainer.global_step
         metrics = {f"{split}/{name}": value for name, value in self.evaluator.finish(step).items()}
-        self.log_dict(metrics, logger=False)
-        if not self.trainer.sanity_checking:
+        training = self.trainer.state.fn == TrainerFn.FITTING
+        self.log_dict(metrics, logger=not training)
+        if training and not self.trainer.sanity_checking:
             self.emit(metrics, step)
 
     # -- saving --------------------------------------------------------------------------------------------------------

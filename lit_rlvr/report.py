@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,12 @@ class Report(Callback):
         (folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n")
         console().print(closing_table(self.rows))
         console().print(f"seed {pl_module.seed}, {trainer.global_step} optimiser steps, {seconds:.0f} s")
-        for name, place in places(trainer).items():
+        found = places(trainer)
+        for name, place in found.items():
             console().print(f"  {name:<16} {place}")
+        console().print("try next:")
+        for command in next_commands(trainer, found):
+            console().print(f"  {command}", markup=False)
 
 
 def closing_table(rows: dict[str, dict[str, float]]) -> Table:
@@ -70,6 +75,22 @@ def closing_table(rows: dict[str, dict[str, float]]) -> Table:
     for policy, row in rows.items():
         table.add_row(policy, *(f"{row[name]:.3f}" if name in row else "–" for name in shown))
     return table
+
+
+def next_commands(trainer: Any, found: dict[str, str]) -> list[str]:
+    """Commands that make sense after a run."""
+    started = Path(sys.argv[0])
+    program = str(started) if started.name == "lit-rlvr" and not started.is_absolute() else "lit-rlvr"
+    bin_ = program.removesuffix("lit-rlvr")
+    commands = []
+    config = Path(trainer.default_root_dir) / "config.yaml"
+    if "trained model" in found and config.exists():
+        commands.append(f"{program} test --config {config} --model.model={found['trained model']}")
+    uris = [logger.tracking_uri for logger in trainer.loggers if isinstance(logger, MLflow)]
+    commands += [f"{bin_}mlflow ui --backend-store-uri {uri}" for uri in uris]
+    if "rollouts" in found:
+        commands.append(f"{bin_}python -m webbrowser -t {found['rollouts']}")
+    return commands
 
 
 def places(trainer: Any) -> dict[str, str]:

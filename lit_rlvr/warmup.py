@@ -178,6 +178,11 @@ class WarmupModule(pl.LightningModule):
         loss: Tensor = self.policy(micro.ids, micro.index, micro.targets, 1.0, likelihood)
         return loss
 
+    def on_train_batch_end(self, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
+        done = batch_idx + 1
+        if done % max(1, self.warmup.steps // 8) == 0:
+            log.info("warm start: step %d of %d, loss %.3f", done, self.warmup.steps, float(outputs["loss"]))
+
     def configure_optimizers(self) -> Any:
         w = self.warmup
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr=w.lr, betas=(0.9, 0.98), weight_decay=w.weight_decay)
