@@ -13,6 +13,7 @@ commands:
   validate   evaluate on held-out validation problems
   test       evaluate on held-out test problems
   explain    what a run would do: steps, tokens, algorithm, credit, memory
+  doctor     is everything ready? checks the machine, and with --config the configuration, model, task and verifier
   warmup     supervised warm start on a task's demonstrations, kept in a cache
 
 lit-rlvr <command> --help lists a command's options; --print_config prints the configuration that they make.
@@ -33,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"lit-rlvr {__version__}")
         return 0
+    if arguments == ["doctor"]:
+        from lit_rlvr.doctor import main as doctor
+
+        return doctor()
     from lit_rlvr.cli import run
 
     return run(arguments)

@@ -87,11 +87,15 @@ class Parser(LightningArgumentParser):
 
 
 def fail(sentence: str) -> None:
-    """Print an error."""
+    """Print an error; for ``doctor`` it is one of the findings."""
+    if sys.argv[1:2] == ["doctor"]:
+        from lit_rlvr.doctor import refused
+
+        sys.exit(refused(sentence))
     console().print(f"lit-rlvr: error: {sentence}", markup=False)
 
 
-OWN_COMMANDS = ("explain", "warmup")
+OWN_COMMANDS = ("explain", "doctor", "warmup")
 """Commands beside Lightning's."""
 
 
@@ -101,12 +105,15 @@ class RLVRTrainer(pl.Trainer):
     def explain(self, model: RLVRModule, datamodule: RLVRDataModule) -> None:
         """Print what a run would do: steps, tokens, algorithm, credit chain and memory; no weights are loaded."""
 
+    def doctor(self, model: RLVRModule, datamodule: RLVRDataModule) -> None:
+        """Check machine, configuration, model, task and verifier in seconds; no weights are loaded."""
+
     def warmup(self, model: RLVRModule, datamodule: RLVRDataModule) -> None:
         """Warm-start the policy on the task's demonstrations and print the folder that holds it."""
 
 
 class CLI(LightningCLI):
-    """``fit``, ``validate``, ``test``, ``explain`` and ``warmup``."""
+    """``fit``, ``validate``, ``test``, ``explain``, ``doctor`` and ``warmup``."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -127,7 +134,7 @@ class CLI(LightningCLI):
         set_up_logging(quiet=self._get(self.config, "quiet"))
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
-        if self.subcommand == "explain":  # the machine that explains a run need not be the one that runs it
+        if self.subcommand in ("explain", "doctor"):  # the machine that explains a run need not be the one that runs it
             self._asked = dict(config)
             config = {**config, "accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1, "logger": False}
         given = config.get("callbacks") or []
@@ -162,12 +169,23 @@ class CLI(LightningCLI):
 
     def explain(self, **_: Any) -> None:
         """The ``explain`` command."""
+        module, data, trainer = self._connected()
+        check_trainer(module, trainer)
+        explain(module, data, trainer, Cluster.of(self._asked), self._asked)
+
+    def doctor(self, **_: Any) -> None:
+        """The ``doctor`` command."""
+        from lit_rlvr.examine import examine
+
+        sys.exit(examine(*self._connected(), self._asked, self._get(self.config_init, "warmup")))
+
+    def _connected(self) -> tuple[RLVRModule, RLVRDataModule, pl.Trainer]:
+        """Module, data and trainer, knowing each other as in ``Trainer.fit``."""
         module, data, trainer = self.model, self.datamodule, self.trainer
         trainer.strategy.connect(module)
         module.trainer = data.trainer = trainer
-        vars(trainer)["datamodule"] = data  # what Trainer.fit would do
-        check_trainer(module, trainer)
-        explain(module, data, trainer, Cluster.of(self._asked), self._asked)
+        vars(trainer)["datamodule"] = data
+        return module, data, trainer
 
     def warmup(self, **_: Any) -> None:
         """The ``warmup`` command."""

@@ -66,12 +66,19 @@ def _folder_of(package: str, path: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def check_reader(file: Path) -> None:
+    """Refuse to read ``file`` without the package that does it.
+
+    Raises:
+        ValueError: Saying what to install.
+    """
+    if find_spec("gguf") is None:
+        raise ValueError(f"{file.name} is read by the package gguf, which is not installed; pip install gguf")
+
+
 def _convert(file: Path, folder: Path) -> None:
     """Write ``folder``, which appears under its name only when it is whole."""
-    if find_spec("gguf") is None:
-        raise ValueError(
-            f"the package gguf, which reads {file.name}, is not installed; install it with: pip install gguf"
-        )
+    check_reader(file)
     log.info("converting %s once, into %s", file.name, folder)
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)

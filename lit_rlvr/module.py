@@ -275,11 +275,11 @@ class RLVRModule(pl.LightningModule):
         self._report("test")
 
     def _report(self, split: str) -> None:
-        """Log what was evaluated; during training by ourselves, because Lightning's loggers would count one step less."""
+        """Log what was evaluated; during training by ourselves, because Lightning would count one step less."""
         step = self.trainer.global_step
         metrics = {f"{split}/{name}": value for name, value in self.evaluator.finish(step).items()}
         training = self.trainer.state.fn == TrainerFn.FITTING
-        self.log_dict(metrics, logger=not training)
+        self.log_dict(metrics, logger=False if training else None)  # None: True, without a warning where there is none
         if training and not self.trainer.sanity_checking:
             self.emit(metrics, step)
 

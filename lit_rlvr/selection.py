@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -65,4 +64,4 @@ def share(rho: float, n: int) -> int:
     >>> share(0.07, 100), share(0.2, 16), share(1.0, 7)
     (7, 4, 7)
     """
-    return math.ceil(Fraction(str(rho)) * n)
+    return min(n, max(1, math.ceil(rho * n - 1e-9 * max(1.0, rho * n))))

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -53,11 +54,12 @@ class FewSums(Task):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended and what it printed."""
+    """How a command ended, what it printed, and which warnings a user would have seen."""
 
     code: int
     out: str
     err: str
+    warned: tuple[str, ...]
 
 
 class TinyFit(NamedTuple):
@@ -97,14 +99,21 @@ def untouched_process() -> Iterator[None]:
 def cli(folder: Path, *arguments: str) -> Outcome:
     """Run ``lit-rlvr`` in ``folder``."""
     out, err = io.StringIO(), io.StringIO()
-    with untouched_process(), chdir(folder), redirect_stdout(out), redirect_stderr(err):
+    with (
+        untouched_process(), chdir(folder), redirect_stdout(out), redirect_stderr(err),
+        warnings.catch_warnings(record=True) as caught,
+    ):  # fmt: skip
+        # As in a process of its own, where the first occurrence is shown, and none that is meant for developers.
+        warnings.simplefilter("default")
+        for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", kind)
         # MLflow keeps a connection by its address, so in one process a relative one would lead to the first folder.
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         try:
             code: Any = main(list(arguments))
         except SystemExit as exit:
             code = exit.code
-    return Outcome(code, out.getvalue(), err.getvalue())
+    return Outcome(code, out.getvalue(), err.getvalue(), tuple(str(warning.message) for warning in caught))
 
 
 def succeed(folder: Path, *arguments: str) -> Outcome:

@@ -78,8 +78,9 @@ def test_gradient_equals_a_plain_transcription(name: str) -> None:
     expected = reference_gradient(module, name)
     assert expected.keys() == recorder.gradients[0].keys()
     for parameter, gradient in recorder.gradients[0].items():
-        # Old log-probabilities are kept in float32, so the ratio at the first update is 1 up to 6e-8.
-        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-5, atol=1e-8)
+        # Old log-probabilities are kept in float32, so the ratio at the first update is 1 up to 6e-8, and so much of
+        # a token's gradient (of order 1) is missing.
+        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-5, atol=1e-7)
 
 
 def test_kl_in_the_loss_is_about_every_response_token() -> None:

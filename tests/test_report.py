@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from command_line import TINY, UNTRACKED, Outcome, succeed
+from command_line import TINY, UNTRACKED, Outcome, TinyFit, succeed
+from mlflow import MlflowClient
 from rich.console import Console
 from rich.table import Table
 
@@ -156,3 +159,23 @@ def test_the_table_and_the_places_are_printed(warm: tuple[Path, Outcome]) -> Non
     for place in (*listed.values(), "runs/quickstart/policy/model.safetensors"):
         assert (folder / place).exists()
     assert outcome.out == ""
+
+
+def test_the_commands_that_it_suggests_work(warm: tuple[Path, Outcome]) -> None:
+    """Evaluating the policy that was trained, with the settings of its training, on the test problems."""
+    folder, outcome = warm
+    suggested = outcome.err.split("try next:\n")[1].splitlines()
+    commands = [shlex.split(line) for line in suggested]
+    assert [Path(command[0]).name for command in commands] == ["lit-rlvr", "python"]
+    tested = succeed(folder, *commands[0][1:], UNTRACKED)
+    assert "test/sampled/mean_at_1" in tested.out
+    assert (folder / commands[1][-1]).exists()
+
+
+def test_a_tracked_run_names_its_database(tiny_fit: TinyFit) -> None:
+    """The run's id, and a command that opens the database that holds it."""
+    found = re.search(r"MLflow run +(\w+) in (\S+)", tiny_fit.outcome.err)
+    assert found is not None
+    assert MlflowClient(tiny_fit.database).get_run(found[1]).info.status == "FINISHED"
+    assert found[2] == tiny_fit.database
+    assert f"mlflow ui --backend-store-uri {tiny_fit.database}\n" in tiny_fit.outcome.err

@@ -139,7 +139,9 @@ def test_what_a_function_may_return(own: str) -> None:
     assert value(reward, "", kind="float32") == 0.5
     assert value(reward, "", kind="int") == 2.0
     for kind, name in (("text", "str"), ("nothing", "NoneType")):
-        with pytest.raises(TypeError, match=f"own_rewards.py:value returned {name}, expected a bool, an int or a float"):
+        with pytest.raises(
+            TypeError, match=f"own_rewards.py:value returned {name}, expected a bool, an int or a float"
+        ):
             value(reward, "", kind=kind)
 
 
@@ -156,7 +158,11 @@ def test_what_a_function_may_return(own: str) -> None:
         ("own_rewards.CONSTANT", {}, "own_rewards.CONSTANT is of type int, not a function"),
         ("own_rewards.brevity", {"limits": 2}, "has no parameter 'limits'; did you mean limit?"),
         ("own_rewards.brevity", {"response": "x"}, "may not set 'response': it is filled in for every answer"),
-        ("own_rewards.unfilled", {}, "nothing fills parameter 'respones' of own_rewards.unfilled; did you mean response?"),
+        (
+            "own_rewards.unfilled",
+            {},
+            "nothing fills parameter 'respones' of own_rewards.unfilled; did you mean response?",
+        ),
         ("own_rewards.everything", {}, "nothing fills parameter 'weight'"),
         ("own_rewards.positional", {}, "parameter 'response' of own_rewards.positional cannot be filled by name"),
         ("own_rewards.brevity", {"limit": 2, "answer": "x"}, "may not set 'answer'"),
@@ -170,7 +176,11 @@ def test_functions_that_cannot_work(own: str, function: str, kwargs: dict[str, A
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [("1 / 0", "ZeroDivisionError: division by zero"), ("import nosuch", "No module named 'nosuch'"), ("(", "SyntaxErr")],
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import nosuch", "No module named 'nosuch'"),
+        ("(", "SyntaxErr"),
+    ],
 )
 def test_files_that_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str) -> None:
     """The user's own mistake is told as it is, by file and by module, each time."""
@@ -185,7 +195,9 @@ def test_files_that_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_a_file_may_import_its_neighbours(tmp_path: Path) -> None:
     """As a script may, whatever the current folder is."""
     (tmp_path / "neighbour_of_mine.py").write_text("LIMIT = 2\n")
-    (tmp_path / "mine.py").write_text("import neighbour_of_mine\ndef f(response):\n    return neighbour_of_mine.LIMIT\n")
+    (tmp_path / "mine.py").write_text(
+        "import neighbour_of_mine\ndef f(response):\n    return neighbour_of_mine.LIMIT\n"
+    )
     assert value(PythonFunction(f"{tmp_path}/mine.py:f"), "") == 2.0
 
 

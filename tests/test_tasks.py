@@ -106,11 +106,11 @@ def test_every_demonstrated_step_is_arithmetically_right() -> None:
         ("#0#0", None, False),
         ("##0", None, False),
         ("#1", "1", False),
-        ("#", "", False),
+        ("#", None, False),
         ("#0 ", "0 ", False),
         ("#00", "00", False),
         ("#0|2", "0|2", False),
-        ("0#", "", False),
+        ("0#", None, False),
     ],
 )
 def test_score_of_last_digit(response: str, answer: str | None, correct: bool) -> None:

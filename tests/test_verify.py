@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from verifier_tasks import Misbehaving, Trusted
 
-from lit_rlvr.tasks import Prompt, Score, Task
+from lit_rlvr.rewards import MathVerify
+from lit_rlvr.tasks import ProblemFiles, Prompt, Score, Task
 from lit_rlvr.verify import Verdicts, Verifier
 
 pytestmark = pytest.mark.timeout(60)
@@ -164,3 +166,25 @@ def test_numbers_that_are_not_positive_are_refused(workers: int, timeout: float)
     """Both are named."""
     with pytest.raises(ValueError, match=f"workers and timeout must be positive, got {workers} and {timeout}"):
         Verifier(Misbehaving(), workers, timeout)
+
+
+@pytest.mark.parametrize("in_main_thread", [True, False])
+def test_mathematics_that_takes_for_ever(in_main_thread: bool, tmp_path: Path) -> None:
+    """math-verify's own timers work in a main thread only, so its process is killed; the other answers are judged."""
+    (tmp_path / "problems.jsonl").write_text('{"question": "6*7?", "answer": "42"}')
+    task = ProblemFiles(str(tmp_path / "problems.jsonl"), {"maths": MathVerify()}, val_share=0.0)
+    verifier = Verifier(task, workers=2, timeout=2.5)
+    responses = [r"\boxed{\frac{84}{2}}", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{(10^{9})!}", r"\boxed{41}"]
+    found: list[Verdicts] = []
+    thread = threading.Thread(target=lambda: found.append(verifier(list(task.prompts("train")) * 4, responses)))
+    try:
+        if in_main_thread:
+            thread.run()
+        else:
+            thread.start()
+            thread.join()
+    finally:
+        verifier.close()
+    right, wrong = Score(1.0, True, r"\frac{84}{2}", {"maths": 1.0}), Score(0.0, False, "41", {"maths": 0.0})
+    assert found[0].scores == [right, FAILED, FAILED, wrong]
+    assert found[0].failures == {"no verdict within 2.5 s": 2}

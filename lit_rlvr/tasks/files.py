@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -52,7 +52,7 @@ class ProblemFiles(Task):
     """
 
     train: Place
-    rewards: dict[str, Reward]
+    rewards: Mapping[str, Reward]
     val: Place | None = None
     test: Place | None = None
     question: str = "question"
@@ -96,7 +96,8 @@ class ProblemFiles(Task):
                 self._read[split] = self._load(place, split)
             else:
                 why = "ProblemFiles.test is null" if split == "test" else "ProblemFiles.val is null and val_share is 0"
-                raise ValueError(f"{why}, so there are no {split} problems; name a file there")
+                more = ", or use `lit-rlvr validate`" if split == "test" else ""
+                raise ValueError(f"{why}, so there are no {split} problems; name a file there{more}")
         return self._read[split]
 
     def score(self, prompt: Prompt, response: str) -> Score:
@@ -214,7 +215,7 @@ def check_columns(place: str, columns: list[str], known: Iterable[str]) -> None:
             raise ValueError(f"{place} has no column {column!r}{hint}")
 
 
-def check_rewards(rewards: dict[str, Reward], outcome: str | None, answer: str | None) -> None:
+def check_rewards(rewards: Mapping[str, Reward], outcome: str | None, answer: str | None) -> None:
     """Refuse rewards that do not go together.
 
     Raises:

@@ -73,9 +73,11 @@ def _read_json_lines(file: Path) -> Iterator[Row]:
         for number, line in enumerate(lines, 1):
             source = f"{file.name}:{number}"
             try:
-                text = line.decode("utf-8-sig")
-                if text.strip():
+                text = line.decode("utf-8-sig").strip()
+                if text:
                     yield _object(source, json.loads(text))
+            except json.JSONDecodeError as error:
+                yield Row(source, {}, f"no valid JSON: {error.msg} (character {error.pos + 1})")
             except (ValueError, RecursionError) as error:
                 yield Row(source, {}, f"no valid JSON: {error}")
 
@@ -177,9 +179,7 @@ def _text(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not UTF-8 text: byte {error.start} is {file.read_bytes()[error.start]:#x}"
-        ) from error
+        raise ValueError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
