@@ -61,7 +61,7 @@ def test_resume_inside_a_phase_is_refused(tmp_path: Path) -> None:
     trainer = tiny_trainer(3, [])
     trainer.fit(module, datamodule=RLVRDataModule(EvenTask()))
     trainer.save_checkpoint(tmp_path / "mid.ckpt")
-    with pytest.raises(RuntimeError, match="inside rollout phase 1.*multiple of 2"):
+    with pytest.raises(RuntimeError, match=r"inside rollout phase 1.*multiple of 2"):
         fit(tmp_path, 8, tmp_path / "mid.ckpt")
 
 
