@@ -34,7 +34,7 @@ check: setup     ## Linters, type checkers, import contract, doctests and tests.
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
-	$(RUN)/pyright
+	$(RUN)/pyright --pythonpath $(RUN)/python
 	$(RUN)/lint-imports
 	$(RUN)/python -m pytest
 

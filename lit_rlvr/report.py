@@ -55,7 +55,7 @@ class Report(Callback):
         console().print(f"seed {pl_module.seed}, {trainer.global_step} optimiser steps, {seconds:.0f} s")
         found = places(trainer)
         for name, place in found.items():
-            console().print(f"  {name:<16} {place}")
+            console().print(f"  {name:<16} {place}", markup=False)
         console().print("try next:")
         for command in next_commands(trainer, found):
             console().print(f"  {command}", markup=False)

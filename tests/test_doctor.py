@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import QUICKSTART, Outcome, cli
+from command_line import QUICKSTART, UNTRACKED, Outcome, cli
 
 from lit_rlvr import doctor
 from lit_rlvr.doctor import BROKEN, FINE, WARNING, Report
@@ -45,9 +45,9 @@ def parsed(text: str) -> list[tuple[str, str, str]]:
     ]
 
 
-def examined(folder: Path, *options: str) -> Findings:
-    """Run the command on top of the quickstart."""
-    outcome = cli(folder, "doctor", *QUICKSTART, *options)
+def examined(folder: Path, *options: str, tracked: bool = False) -> Findings:
+    """Run the command on top of the quickstart; making a database takes longer than all the rest."""
+    outcome = cli(folder, "doctor", *QUICKSTART, *([] if tracked else [UNTRACKED]), *options)
     return Findings(parsed(outcome.out), outcome)
 
 
@@ -84,8 +84,9 @@ def test_without_a_configuration_it_looks_at_the_machine(tmp_path: Path) -> None
 
 def test_the_quickstart_is_ready(tmp_path: Path) -> None:
     """Everything is looked at, nothing is loaded or trained."""
-    found = examined(tmp_path)
+    found = examined(tmp_path, tracked=True)
     assert (found.outcome.code, found.not_fine(), found.outcome.err) == (0, [], "")
+    assert found.of("tracking")[0][1].startswith(f"MLflow opens sqlite:///{tmp_path}/mlflow.db")
     assert found.of("credit") == [(FINE, "StageDetector → EntropyTopK")]
     assert found.of("model") == [(FINE, "Qwen3ForCausalLM: 2 layers of width 64, 22 tokens, context 128")]
     assert found.of("template") == [(FINE, "plain: '{question}'")]
@@ -127,6 +128,7 @@ def test_what_is_broken_is_found(options: list[str], about: str, finding: str, t
 def test_a_machine_without_the_device_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = examined(tmp_path, "--trainer.accelerator=cuda")
+    assert found.of("tracking") == [(FINE, "no MLflow logger")]
     assert (BROKEN, "trainer.accelerator is cuda, but torch sees no CUDA device → --trainer.accelerator=cpu") in (
         found.of("configuration")
     )

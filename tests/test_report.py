@@ -119,6 +119,16 @@ def test_places(tmp_path: Path) -> None:
     assert places(trainer)["rollouts"] == f"{tmp_path}/rollouts/index.html"
 
 
+def test_a_folder_is_printed_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets in it are no markup."""
+    root = tmp_path / "seed [bold] 0"
+    trainer: Any = SimpleNamespace(
+        global_step=4, is_global_zero=True, default_root_dir=str(root), callbacks=[], loggers=[]
+    )
+    Report().on_train_end(trainer, SimpleNamespace(evaluator=Evaluator(4), base=None, seed=3))
+    assert f"  report           {root}/report.json\n" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """A run with a warm start of a few steps."""

@@ -201,11 +201,14 @@ def test_a_file_may_import_its_neighbours(tmp_path: Path) -> None:
     assert value(PythonFunction(f"{tmp_path}/mine.py:f"), "") == 2.0
 
 
-def test_rewards_travel_to_other_processes(own: str) -> None:
+def test_rewards_travel_to_other_processes(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the function itself, which is loaded again where it is needed."""
     reward = PythonFunction(f"{own}:brevity", {"limit": 2}, weight=0.5)
     assert value(reward, "ab") == 1.0
-    copy = pickle.loads(pickle.dumps(reward))
+    sent = pickle.dumps(reward)
+    for name in [name for name in sys.modules if name.startswith("own_rewards")]:
+        monkeypatch.delitem(sys.modules, name)  # as in a fresh process
+    copy = pickle.loads(sent)
     assert copy == reward
     assert [value(copy, text) for text in ("ab", "abc")] == [1.0, 0.0]
     assert pickle.loads(pickle.dumps(MathVerify(weight=2.0))) == MathVerify(weight=2.0)

@@ -65,6 +65,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         shutil.rmtree(folder)
 
 
+def test_the_doctor_finds_it_ready_without_converting_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configuration, tokenizer and chat template are read from the file itself."""
+    monkeypatch.setenv("LIT_RLVR_CACHE", str(tmp_path / "cache"))
+    config = ("--config", str(CONFIGS / "smollm2.yaml"))
+    out = succeed(tmp_path, "doctor", *config, "--trainer.logger=false").out
+    assert "llama: 30 layers of width 576, 49152 tokens, context 8192" in out
+    assert "judges 16 of 16 reference answers right, written like <answer>12</answer>" in out
+    assert "at most 59 tokens, and 24 of a response: 83 in all" in out
+    assert out.splitlines()[-1].startswith("0 broken, 0 worth a look")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_it_rolls_out_and_trains(run: Run) -> None:
     """Two phases of eight responses, which have lengths of their own and learn from them; and weights that moved."""
     assert len(run.steps) == 2
