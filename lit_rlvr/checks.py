@@ -51,6 +51,8 @@ def check_trainer(module: RLVRModule, trainer: pl.Trainer) -> None:
             "trainer.accumulate_grad_batches must be 1: one training step is one optimiser step; lower "
             "batch.micro_tokens to save memory"
         )
+    if not trainer.val_check_interval:
+        raise ValueError("trainer.val_check_interval must be above 0; use a large number to validate rarely")
     if str(trainer.precision).startswith("16"):
         raise ValueError("trainer.precision 16 needs loss scaling, which the loop does not support; use bf16")
     if module.dtype_name == "float64" and "bf16" in str(trainer.precision):

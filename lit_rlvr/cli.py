@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
@@ -164,6 +165,8 @@ class CLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path is not None and not Path(path).exists():
             raise ValueError(missing_file(Path(path)))
+        if path is not None and Path(path).is_file() and not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is no checkpoint of a run, or is cut short")
         if (folder := self._warm_start()) is not None:
             self.model.start_from(folder)
 

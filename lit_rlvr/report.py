@@ -50,7 +50,7 @@ class Report(Callback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"seed": pl_module.seed, "seconds": seconds, "steps": trainer.global_step, "evaluations": self.rows}
-        (folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         console().print(closing_table(self.rows))
         console().print(f"seed {pl_module.seed}, {trainer.global_step} optimiser steps, {seconds:.0f} s")
         found = places(trainer)

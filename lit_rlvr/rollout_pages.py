@@ -46,12 +46,13 @@ class RolloutPages(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         name = f"phase_{phase.number:06d}"
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines)
-        (folder / f"{name}.html").write_text(page(rows, phase.number))
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        (folder / f"{name}.html").write_text(page(rows, phase.number), encoding="utf-8")
         pages = sorted(p.name for p in folder.glob("phase_*.html"))
         links = "".join(f'<li><a href="{p}">{p.removesuffix(".html").replace("_", " ")}</a></li>' for p in pages)
         (folder / "index.html").write_text(
-            f"<meta charset=utf-8><style>{STYLE}</style><h1>Rollouts</h1><ul>{links}</ul>"
+            f"<meta charset=utf-8><style>{STYLE}</style><h1>Rollouts</h1><ul>{links}</ul>",
+            encoding="utf-8",
         )
         for logger in mlflow_loggers(trainer):
             logger.log_text(lines, f"rollouts/{name}.jsonl")

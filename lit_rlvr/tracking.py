@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ class MLflow(MLFlowLogger):
     Args:
         tracking_uri: Where runs are kept; null: ``$MLFLOW_TRACKING_URI``, or ``sqlite:///mlflow.db``.
         experiment_name: Experiment that the run belongs to.
-        run_name: Name of the run; null: MLflow makes one up.
+        run_name: Name of the run; null: the time.
         run_id: Continue this run.
-        artifact_location: Where a new experiment keeps files; null: ``mlruns`` beside the database.
+        artifact_location: Where a new experiment keeps files; null: ``mlruns`` in the current folder.
         log_model: Upload the trained policy's folder at the end of training.
     """
 
@@ -51,7 +52,12 @@ class MLflow(MLFlowLogger):
         # Opening the database on every rank at once breaks a fresh one; this address is never connected to.
         uri = self.tracking_uri if getattr(rank_zero_only, "rank", 0) in (None, 0) else "http://127.0.0.1"
         super().__init__(
-            experiment_name, run_name, uri, save_dir=None, artifact_location=artifact_location, run_id=run_id
+            experiment_name,
+            run_name or time.strftime("%Y-%m-%d %H:%M:%S"),
+            uri,
+            save_dir=None,
+            artifact_location=artifact_location,
+            run_id=run_id,
         )
 
     @property
@@ -139,7 +145,7 @@ class RunRecord(Callback):
             logger.tag(
                 task=repr(pl_module.data.task)[:500],
                 algorithm=describe_algorithm(pl_module),
-                credit=describe_chain(credit_chain(all_callbacks(trainer))),
+                credit=describe_chain(credit_chain(all_callbacks(trainer))).removeprefix("credit: "),
                 model=pl_module.base or pl_module.model,
                 git_commit=git_commit(),
                 **{f"version.{name}": version(name) for name in PACKAGES},
@@ -181,7 +187,7 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(text)
+            (folder / "config.yaml").write_text(text, encoding="utf-8")
         for logger in mlflow_loggers(trainer):
             logger.log_text(text, "config.yaml")
             logger.log_params_once(self._flat())

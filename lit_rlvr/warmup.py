@@ -74,7 +74,9 @@ class Warmup:
             raise ValueError(
                 f"{type(task).__name__} must be a dataclass to be used for a warm start: its fields are hashed"
             )
+        files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
         facts = {
+            "files": [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
             "format": FORMAT, "warmup": asdict(self), "model": model, "dtype": dtype, "template": asdict(template),
             "task": [type(task).__module__, type(task).__qualname__, asdict(task)], "torch": torch.__version__,
         }  # fmt: skip

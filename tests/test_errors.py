@@ -98,6 +98,7 @@ IN_YAML: dict[str, tuple[str, str]] = {
     "rounds": ("model: {dynamic_sampling: {max_rounds: 0}}", "dynamic_sampling.max_rounds must be at least 1, got 0"),
     "accumulation": ("trainer: {accumulate_grad_batches: 2}", "trainer.accumulate_grad_batches must be 1"),
     "fp16": ("trainer: {precision: 16-true}", "trainer.precision 16 needs loss scaling"),
+    "never validated": ("trainer: {val_check_interval: 0}", "trainer.val_check_interval must be above 0"),
     "dtype": ("model: {dtype: float8}", "dtype must be one of float32, bfloat16, float64, got 'float8'"),
     "no such task": ("data: {task: last_digit_aritmetic}", "did you mean last_digit_arithmetic?"),
     "no such dataset": ("data: {task: 'reasoning_gym:chain_sums'}", "no dataset 'chain_sums'; did you mean chain_sum"),
@@ -120,6 +121,7 @@ ON_THE_COMMAND_LINE: dict[str, tuple[list[str], str]] = {
     "option": (["fit", "--config", QUICKSTART, "--model.bach.prompts=3"], "did you mean model.batch.prompts?"),
     "callback": (["fit", "--config", QUICKSTART, "--trainer.callbacks+=EntropyTopk"], "did you mean EntropyTopK?"),
     "checkpoint": (["fit", "--config", QUICKSTART, "--ckpt_path=lost.ckpt"], "there is no file 'lost.ckpt'"),
+    "no checkpoint": (["fit", "--config", QUICKSTART, f"--ckpt_path={QUICKSTART}"], "is no checkpoint of a run"),
     "no warm start": (["warmup", "--config", QUICKSTART, "--warmup=null"], "the configuration has no `warmup` section"),
 }
 
