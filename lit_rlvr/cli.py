@@ -14,6 +14,7 @@ from lit_rlvr.terminal import console, quiet_libraries, set_up_logging
 quiet_libraries()
 
 import lightning.pytorch as pl  # noqa: E402
+import torch  # noqa: E402
 from jsonargparse import set_parsing_settings  # noqa: E402
 from jsonargparse.typing import lazy_instance  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
@@ -126,6 +127,9 @@ class CLI(LightningCLI):
             "--warmup", type=Warmup | None, default=None,
             help="Supervised warm start of model.model before fit; kept in a cache. Null: none.",
         )  # fmt: skip
+        parser.add_argument(
+            "--threads", type=int | None, default=None, help="Threads of CPU math; null: torch's choice."
+        )
         parser.add_argument("--quiet", type=bool, default=False, help="Print warnings and results only.")
 
     def _parse_ckpt_path(self) -> None:
@@ -133,6 +137,10 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         set_up_logging(quiet=self._get(self.config, "quiet"))
+        if (threads := self._get(self.config, "threads")) is not None:
+            if threads < 1:
+                raise ValueError(f"threads must be at least 1, got {threads}; leave it null for torch's choice")
+            torch.set_num_threads(threads)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
         if self.subcommand in ("explain", "doctor"):  # the machine that explains a run need not be the one that runs it

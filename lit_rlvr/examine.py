@@ -260,7 +260,7 @@ def knows_form(task: Task) -> bool:
     """Whether one of ``FORMS`` must be right."""
     if isinstance(task, ProblemFiles):
         reward = task.rewards[task.outcome or task.reward_names[0]]
-        return isinstance(reward, MathVerify) or (isinstance(reward, ExactMatch) and reward.pattern is None)
+        return isinstance(reward, MathVerify) or (isinstance(reward, ExactMatch) and not reward.pattern)
     return isinstance(task, LastDigitArithmetic | ReasoningGym)
 
 

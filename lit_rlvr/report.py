@@ -85,7 +85,7 @@ def next_commands(trainer: Any, found: dict[str, str]) -> list[str]:
     commands = []
     config = Path(trainer.default_root_dir) / "config.yaml"
     if "trained model" in found and config.exists():
-        commands.append(f"{program} test --config {config} --model.model={found['trained model']}")
+        commands.append(f"{program} validate --config {config} --model.model={found['trained model']}")
     uris = [logger.tracking_uri for logger in trainer.loggers if isinstance(logger, MLflow)]
     commands += [f"{bin_}mlflow ui --backend-store-uri {uri}" for uri in uris]
     if "rollouts" in found:

@@ -44,7 +44,10 @@ FUNCTION = "def even(response):\n    return len(response) % 2 == 0\n"
 def logged(root: Path) -> list[dict[str, float]]:
     """The rows of the CSV logger that hold a rollout phase."""
     (file,) = (root / "metrics").rglob("metrics.csv")
-    rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file.open())]
+    rows = [
+        {name: float(value) for name, value in row.items() if value}
+        for row in csv.DictReader(file.read_text().splitlines())
+    ]
     return [row for row in rows if "rollout/reward" in row]
 
 
