@@ -41,5 +41,8 @@ check: setup     ## Linters, type checkers, import contract, doctests and tests.
 seeds: setup     ## The quickstart on seeds 0, 1 and 2, and the bottom-80 % control; about five minutes.
 	$(RUN)/python -m pytest -m long tests/test_quickstart.py
 
+docs: setup      ## Build the documentation into site/, refusing broken links.
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
 clean:           ## Remove the virtual environment and caches.
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis

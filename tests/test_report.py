@@ -172,13 +172,13 @@ def test_the_table_and_the_places_are_printed(warm: tuple[Path, Outcome]) -> Non
 
 
 def test_the_commands_that_it_suggests_work(warm: tuple[Path, Outcome]) -> None:
-    """Evaluating the policy that was trained, with the settings of its training, on the test problems."""
+    """Evaluating the policy that was trained, with the settings of its training, on held-out problems."""
     folder, outcome = warm
     suggested = outcome.err.split("try next:\n")[1].splitlines()
     commands = [shlex.split(line) for line in suggested]
     assert [Path(command[0]).name for command in commands] == ["lit-rlvr", "python"]
     tested = succeed(folder, *commands[0][1:], UNTRACKED)
-    assert "test/sampled/mean_at_1" in tested.out
+    assert "val/sampled/mean_at_1" in tested.out
     assert (folder / commands[1][-1]).exists()
 
 
