@@ -30,7 +30,9 @@ def test_two_processes_equal_one(case: str, tmp_path: Path) -> None:
     """Rollouts, thresholds, denominators and clipping do not know how many processes there are."""
     ((gradients, metrics),) = run(1, tmp_path, case)
     for other_gradients, other_metrics in run(2, tmp_path, case):
-        assert len(gradients) == 6
+        # A mini-batch of one prompt may keep no token at all; its step is skipped, on every process.
+        assert len(gradients) + metrics[-1]["train/skipped_steps"] == 6
+        assert len(gradients) >= 3
         for one, two in zip(gradients, other_gradients, strict=True):
             for name, gradient in one.items():
                 # float64 throughout, but sums over rows are taken in another order and facts are kept in float32.
