@@ -255,7 +255,7 @@ def run(arguments: list[str]) -> int:
             raise
         fail(interpolation(error, every_option()))
         return 2
-    except (ValueError, RuntimeError, OSError, ImportError, MisconfigurationException) as error:
+    except (ValueError, ArithmeticError, RuntimeError, OSError, ImportError, MisconfigurationException) as error:
         if os.environ.get("LIT_RLVR_DEBUG"):
             raise
         said: BaseException = error
