@@ -1,16 +1,21 @@
-"""Base advantages: how good a response was, compared with its group. One class per rule.
+"""Base advantages: how good a response was, compared with others. One class per rule.
 
 Each maps rewards [B] and group numbers [B] to advantages [B]. A group's rows may stand anywhere, but all of them
-must be on one rank.
+must be on one rank. Rules about single tokens, with a critic, are in :mod:`lit_rlvr.gae`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lit_rlvr.reduce import LocalReduce, Reduce
+
+ONE_PROCESS = LocalReduce()
 
 
 def group_sum(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,13 +28,14 @@ def group_sum(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Advantage(ABC):
-    """A rule that turns a group's rewards into advantages."""
+    """A rule that turns the rewards of responses into advantages."""
 
     smallest_group = 1
+    needs_critic = False
 
     @abstractmethod
-    def __call__(self, rewards: Tensor, group: Tensor) -> Tensor:
-        """Advantages [B] of ``rewards`` [B] in the groups ``group`` [B]."""
+    def __call__(self, rewards: Tensor, group: Tensor, reduce: Reduce = ONE_PROCESS) -> Tensor:
+        """Advantages [B] of ``rewards`` [B] in the groups ``group`` [B]; ``reduce`` reaches the other ranks."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class GroupNormalized(Advantage):
     eps: float = 1e-6
     smallest_group = 2
 
-    def __call__(self, rewards: Tensor, group: Tensor) -> Tensor:
+    def __call__(self, rewards: Tensor, group: Tensor, reduce: Reduce = ONE_PROCESS) -> Tensor:
         total, size = group_sum(rewards, group)
         centred = rewards.double() - total / size
         squares, _ = group_sum(centred**2, group)
@@ -63,7 +69,7 @@ class GroupCentred(Advantage):
 
     smallest_group = 2
 
-    def __call__(self, rewards: Tensor, group: Tensor) -> Tensor:
+    def __call__(self, rewards: Tensor, group: Tensor, reduce: Reduce = ONE_PROCESS) -> Tensor:
         total, size = group_sum(rewards, group)
         return (rewards.double() - total / size).to(rewards.dtype)
 
@@ -77,7 +83,7 @@ class LeaveOneOut(Advantage):
 
     smallest_group = 2
 
-    def __call__(self, rewards: Tensor, group: Tensor) -> Tensor:
+    def __call__(self, rewards: Tensor, group: Tensor, reduce: Reduce = ONE_PROCESS) -> Tensor:
         total, size = group_sum(rewards, group)
         return (rewards.double() - (total - rewards.double()) / (size - 1)).to(rewards.dtype)
 
@@ -86,5 +92,54 @@ class LeaveOneOut(Advantage):
 class Raw(Advantage):
     """The reward itself: REINFORCE without a baseline."""
 
-    def __call__(self, rewards: Tensor, group: Tensor) -> Tensor:
+    def __call__(self, rewards: Tensor, group: Tensor, reduce: Reduce = ONE_PROCESS) -> Tensor:
         return rewards.clone()
+
+
+@dataclass(frozen=True)
+class BatchNormalized(Advantage):
+    """Rewards centred, then divided by their standard deviation over *all* responses of the phase and ranks.
+
+    Source: REINFORCE++, Hu et al. 2025 (arXiv 2501.03262): ``centre: batch`` is REINFORCE++, ``centre: group`` is
+    REINFORCE++-baseline, which subtracts each group's mean first.
+
+    Args:
+        centre: Subtract the mean over the ``batch``, or over each ``group`` and then over the batch.
+        eps: Added to the standard deviation.
+
+    Raises:
+        ValueError: For another ``centre``.
+    """
+
+    centre: Literal["batch", "group"] = "batch"
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if self.centre not in ("batch", "group"):
+            raise ValueError(f"BatchNormalized.centre must be batch or group, got {self.centre!r}")
+
+    @property
+    def smallest_group(self) -> int:  # type: ignore[override]
+        """A group's mean says nothing about a group of one."""
+        return 2 if self.centre == "group" else 1
+
+    def __call__(self, rewards: Tensor, group: Tensor, reduce: Reduce = ONE_PROCESS) -> Tensor:
+        values = rewards.double()
+        if self.centre == "group":
+            total, size = group_sum(rewards, group)
+            values = values - total / size
+        return whiten(values, torch.ones_like(values, dtype=torch.bool), reduce, self.eps).to(rewards.dtype)
+
+
+def whiten(values: Tensor, mask: Tensor, reduce: Reduce, eps: float = 1e-8) -> Tensor:
+    """(v - mean) / (std + eps) where ``mask`` is true, over all ranks (unbiased std); 0 elsewhere.
+
+    >>> whiten(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]), ONE_PROCESS, 0.0).tolist()
+    [-0.7071067811865475, 0.7071067811865475, 0.0]
+    """
+    picked = values[mask].double()
+    total, number = reduce.sum(torch.stack([picked.sum(), torch.tensor(len(picked)).to(picked)]))
+    centred = torch.where(mask, values.double() - total / number.clamp(min=1), 0.0)
+    squares = reduce.sum((centred**2).sum())
+    whitened: Tensor = centred / ((squares / (number - 1).clamp(min=1)).sqrt() + eps)
+    return whitened

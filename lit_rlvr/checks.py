@@ -35,6 +35,13 @@ def check_algorithm(module: RLVRModule) -> None:
             f"overlong.buffer={overlong.buffer} is wider than sampling.max_new_tokens={limit}: every response would be "
             "punished"
         )
+    critic, needs = module.critic_settings, module.advantage.needs_critic
+    if needs and critic is None:
+        raise ValueError(f"advantage {type(module.advantage).__name__} needs values; add a critic: model.critic: {{}}")
+    if critic is not None and not needs:
+        raise ValueError(
+            f"a critic is given, but advantage {type(module.advantage).__name__} does not use it; use advantage: GAE"
+        )
     if module.reference_path is not None and module.kl is None:
         raise ValueError("a reference model is given, but nothing uses it: kl is null")
 
@@ -46,6 +53,9 @@ def check_trainer(module: RLVRModule, trainer: pl.Trainer) -> None:
         ValueError: Saying what to change.
     """
     _ = module.data  # refuses another data module, or none
+    check_chain(module)
+    if module.critic_settings is not None and trainer.gradient_clip_algorithm == "value":
+        raise ValueError("policy and critic are clipped apart, by norm; trainer.gradient_clip_algorithm must be norm")
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(
             "trainer.accumulate_grad_batches must be 1: one training step is one optimiser step; lower "
@@ -57,3 +67,29 @@ def check_trainer(module: RLVRModule, trainer: pl.Trainer) -> None:
         raise ValueError("trainer.precision 16 needs loss scaling, which the loop does not support; use bf16")
     if module.dtype_name == "float64" and "bf16" in str(trainer.precision):
         raise ValueError(f"dtype float64 and trainer.precision {trainer.precision} contradict each other")
+
+
+def check_chain(module: RLVRModule) -> None:
+    """Refuse credit callbacks that the module's options cannot serve.
+
+    Raises:
+        ValueError: Naming the callback and what to change.
+    """
+    small = [c.state_key for c in module.chain if c.scope == "micro_batch"]
+    if small and module.batch.micro_rows is None:
+        raise ValueError(
+            f"{small[0]} decides per micro-batch, so that its choice depends on how many responses that has; set "
+            "batch.micro_rows"
+        )
+    if not small and module.batch.micro_rows is not None:
+        raise ValueError(
+            "batch.micro_rows is for callbacks that decide per micro-batch, and there is none; leave it null"
+        )
+    choosing = [c.state_key for c in module.chain if c.token_level]
+    if choosing and module.loss.sequence_level:
+        raise ValueError(
+            f"{type(module.loss).__name__} has one ratio and one gradient per response, so {choosing[0]} cannot treat "
+            "its tokens apart; use level: token"
+        )
+    for callback in module.chain:
+        callback.check(module)

@@ -35,6 +35,7 @@ from lit_rlvr.credit import all_callbacks, credit_chain  # noqa: E402
 from lit_rlvr.data import RLVRDataModule  # noqa: E402
 from lit_rlvr.engines import Engine  # noqa: E402
 from lit_rlvr.explain import Cluster, explain  # noqa: E402
+from lit_rlvr.gae import GAE as GAE  # noqa: E402  # imported so that YAML may use its short name
 from lit_rlvr.losses import PolicyLoss  # noqa: E402
 from lit_rlvr.module import RLVRModule  # noqa: E402
 from lit_rlvr.progress import RLVRProgress  # noqa: E402

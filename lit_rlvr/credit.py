@@ -1,7 +1,9 @@
 """Credit callbacks: Lightning callbacks that decide which tokens learn, and how much.
 
-A credit callback gets the facts of a rollout phase and the credit so far, and returns new credit. The driver
-:func:`assign_credit` runs the chain once per phase, in the order of the trainer's callback list.
+A credit callback gets facts and the credit so far, and returns new credit. Most act once per rollout phase, on all of
+its responses; what a paper defines on the policy as it is being trained acts on every mini-batch or micro-batch. The
+drivers run the chain in the order of the trainer's callback list: :func:`observe`, :func:`shape_rewards` and
+:func:`assign_credit` in a phase, :func:`assign_credit` again and :func:`penalties` in an optimiser step.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -16,10 +19,16 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lit_rlvr.reduce import LocalReduce, Reduce
-from lit_rlvr.types import Credit, RolloutBatch
+from lit_rlvr.types import Credit, Current, RolloutBatch, Tokens
+
+if TYPE_CHECKING:
+    from lit_rlvr.module import RLVRModule
 
 STAGES = ("rising", "plateau")
 """Stages of training, in order. Source: Deng et al. 2025 (arXiv 2508.02260)."""
+
+Scope = Literal["phase", "mini_batch", "micro_batch"]
+"""On what a callback acts: all responses of a phase, those of an optimiser step, or those of a forward pass."""
 
 
 @dataclass
@@ -32,6 +41,7 @@ class CreditContext:
         stage: The current stage, or None where no detector is in the chain.
         reduce: The only road to a collective; every rank makes the same calls.
         seed: The run's seed, for choices at random.
+        current: What the current policy says of the responses, for callbacks that declare ``reads_current``.
         metrics: What goes to the log; fill it with :meth:`log`.
     """
 
@@ -40,23 +50,48 @@ class CreditContext:
     stage: str | None = None
     reduce: Reduce = field(default_factory=LocalReduce)
     seed: int = 0
+    current: Current | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     _prefix: str = ""
+    _times: dict[str, int] = field(default_factory=dict)
+    _logged: set[str] = field(default_factory=set)
 
     def log(self, name: str, value: float) -> None:
         """Log a number as ``credit/<callback>/<name>``; it must be the same on every rank.
+
+        A callback that acts on each of several micro-batches logs the mean over them.
 
         Raises:
             ValueError: When the callback has logged that name already.
         """
         key = f"{self._prefix}{name}"
-        if key in self.metrics:
+        if key in self._logged:
             raise ValueError(f"the metric {key} is logged twice in one phase")
-        self.metrics[key] = float(value)
+        self._logged.add(key)
+        times = self._times[key] = self._times.get(key, 0) + 1
+        before = self.metrics.get(key, 0.0)
+        self.metrics[key] = before + (float(value) - before) / times
+
+    def enter(self, callback: CreditCallback) -> None:
+        """Log under the name of ``callback`` from now on."""
+        self._prefix = f"credit/{callback.state_key}/"
+
+    def leave(self) -> None:
+        """One round of the chain is over: names may be logged again, for the mean."""
+        self._logged.clear()
 
 
 class CreditCallback(Callback):
     """Base class of all credit callbacks; each method's default changes nothing.
+
+    Four attributes say what the loop must do for a callback; set them on the class or in ``__init__``:
+
+    * ``scope``: what :meth:`assign` is called on. Below ``phase`` every optimiser step calls it; ``micro_batch`` needs
+      ``batch.micro_rows``, because what it decides depends on which responses share a forward pass.
+    * ``reads_current``: :meth:`assign` reads ``ctx.current``. On a mini-batch that costs a scoring pass.
+    * ``own_denominator``: on a micro-batch, divide by the micro-batch's own count times its share of the sequences,
+      because :meth:`assign` changes ``count`` there.
+    * ``token_level``: tokens of one response may get different credit, which a sequence-level loss cannot honour.
 
     Args:
         stages: Act only in these stages (``rising``, ``plateau``); null: always. Needs a stage detector in the list.
@@ -65,6 +100,11 @@ class CreditCallback(Callback):
     Raises:
         ValueError: For an unknown stage.
     """
+
+    scope: Scope = "phase"
+    reads_current: bool = False
+    own_denominator: bool = False
+    token_level: bool = True
 
     def __init__(self, stages: list[str] | None = None, name: str | None = None) -> None:
         super().__init__()
@@ -88,15 +128,49 @@ class CreditCallback(Callback):
         """The stage that training is in; detectors return it, everything else None."""
         return None
 
+    def check(self, module: RLVRModule) -> None:
+        """Refuse options of the run that do not go with this callback, before anything is trained.
+
+        Raises:
+            ValueError: Saying what to change.
+        """
+
+    def shape_rewards(self, rollout: RolloutBatch, rewards: Tensor, ctx: CreditContext) -> Tensor:
+        """Return new rewards [B], from which the base advantage is taken. Pure, once per phase.
+
+        Args:
+            rollout: The phase's facts on this rank; groups are whole.
+            rewards: What the callbacks before this one made of the rewards [B].
+            ctx: Step, stage, reductions and metrics.
+        """
+        return rewards
+
     def assign(self, credit: Credit, rollout: RolloutBatch, ctx: CreditContext) -> Credit:
         """Return new credit. Pure: the same arguments and state give the same result, and no argument changes.
 
         Args:
             credit: What the callbacks before this one decided.
-            rollout: The phase's facts on this rank; groups are whole.
+            rollout: The facts on this rank of the phase, mini-batch or micro-batch, as ``scope`` says; in a phase and
+                in a mini-batch groups are whole.
             ctx: Step, stage, reductions and metrics.
         """
         return credit
+
+    def penalty(self, tokens: Tokens, ctx: CreditContext) -> Tensor | None:
+        """Return what to add to the loss of each token [m], differentiable; None: nothing.
+
+        It is averaged over all response tokens by the algorithm's own rule. Called on any number of tokens at a time,
+        so each token's penalty may depend on that token alone, and nothing may be logged or reduced.
+
+        Args:
+            tokens: Response tokens under the current policy.
+            ctx: Step and stage.
+        """
+        return None
+
+    def acts(self, ctx: CreditContext) -> bool:
+        """Whether the current stage is one of the callback's."""
+        return not self.stages or ctx.stage in self.stages
 
 
 def all_callbacks(trainer: Trainer) -> list[Callback]:
@@ -136,25 +210,68 @@ def describe_chain(chain: Sequence[CreditCallback]) -> str:
     return "credit: " + (" → ".join(links) or "every response token learns")
 
 
-def assign_credit(chain: Sequence[CreditCallback], rollout: RolloutBatch, credit: Credit, ctx: CreditContext) -> Credit:
-    """Run the chain: all observe, then each whose stage it is acts, in order.
+def observe(chain: Sequence[CreditCallback], rollout: RolloutBatch, ctx: CreditContext) -> None:
+    """Let all callbacks look at a phase's rollout, then write the stage into ``ctx``."""
+    for callback in chain:
+        ctx.enter(callback)
+        callback.observe(rollout, ctx)
+    ctx.stage = next((stage for c in chain if (stage := c.stage()) is not None), None)
+
+
+def shape_rewards(chain: Sequence[CreditCallback], rollout: RolloutBatch, ctx: CreditContext) -> Tensor:
+    """The rewards [B] after every callback whose stage it is, in order.
+
+    Raises:
+        ValueError: When a callback breaks the protocol; the message names it.
+    """
+    rewards = rollout.rewards
+    for callback in chain:
+        if callback.acts(ctx):
+            ctx.enter(callback)
+            rewards = callback.shape_rewards(rollout, rewards, ctx)
+            if rewards.shape != rollout.rewards.shape or not bool(torch.isfinite(rewards).all()):
+                raise ValueError(f"{callback.state_key} must return one finite reward per response from shape_rewards")
+    return rewards
+
+
+def assign_credit(
+    chain: Sequence[CreditCallback],
+    rollout: RolloutBatch,
+    credit: Credit,
+    ctx: CreditContext,
+    scope: Scope = "phase",
+) -> Credit:
+    """Run the callbacks of one scope whose stage it is, in order.
 
     Raises:
         ValueError: When a callback breaks the protocol; the message names it.
     """
     for callback in chain:
-        ctx._prefix = f"credit/{callback.state_key}/"
-        callback.observe(rollout, ctx)
-    ctx.stage = next((stage for c in chain if (stage := c.stage()) is not None), None)
-    for callback in chain:
-        if callback.stages and ctx.stage not in callback.stages:
+        if callback.scope != scope or not callback.acts(ctx):
             continue
-        ctx._prefix = f"credit/{callback.state_key}/"
-        credit = callback.assign(credit, rollout, ctx)
+        ctx.enter(callback)
+        before, credit = credit, callback.assign(credit, rollout, ctx)
         if not isinstance(credit, Credit):
             raise ValueError(f"{callback.state_key} returned {type(credit).__name__} from assign, expected a Credit")
         check_credit(credit, rollout.response_mask, callback.state_key)
+        if scope == "micro_batch" and not callback.own_denominator and not torch.equal(before.count, credit.count):
+            raise ValueError(f"{callback.state_key} changes `count` on a micro-batch without own_denominator = True")
+    ctx.leave()
     return credit
+
+
+def penalises(chain: Sequence[CreditCallback]) -> bool:
+    """Whether a callback of the chain adds to the loss of every response token."""
+    return any(type(c).penalty is not CreditCallback.penalty for c in chain)
+
+
+def penalties(chain: Sequence[CreditCallback], tokens: Tokens, ctx: CreditContext) -> Tensor:
+    """The sum of the callbacks' penalties, per token [m]."""
+    total = torch.zeros_like(tokens.logprobs)
+    for callback in chain:
+        if callback.acts(ctx) and (added := callback.penalty(tokens, ctx)) is not None:
+            total = total + added
+    return total
 
 
 def check_credit(credit: Credit, mask: Tensor, author: str) -> None:
@@ -163,8 +280,10 @@ def check_credit(credit: Credit, mask: Tensor, author: str) -> None:
     Raises:
         ValueError: Naming ``author`` and the broken law.
     """
-    for name in ("advantage", "weight", "count"):
-        value: Tensor = getattr(credit, name)
+    for name in ("advantage", "weight", "count", "kl_coef"):
+        value: Tensor | None = getattr(credit, name)
+        if value is None:
+            continue
         if value.shape != mask.shape:
             raise ValueError(f"{author} returned {name} of shape {tuple(value.shape)}, expected {tuple(mask.shape)}")
         if not bool(torch.isfinite(value).all()):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_rlvr.collect import decode
+from lit_rlvr.data import EvalTicket
 from lit_rlvr.metrics import EvaluationMetrics
 from lit_rlvr.settings import Evaluation
 from lit_rlvr.types import EncodedPrompt
@@ -63,3 +66,44 @@ class Evaluator(torch.nn.Module):
         for ticket in module.data.val_dataloader():
             module.validation_step(ticket, 0)
         return self.finish(module.trainer.global_step)
+
+
+class EvaluationSteps(pl.LightningModule):
+    """The part of the module that evaluates: Lightning's validation and test loops.
+
+    Args:
+        evaluations: The ways of evaluating, by name.
+    """
+
+    def __init__(self, evaluations: dict[str, Evaluation]) -> None:
+        super().__init__()
+        self.evaluator = Evaluator(evaluations)
+
+    def validation_step(self, batch: EvalTicket, batch_idx: int) -> None:
+        module: Any = self
+        prompts = module.data.encoded(batch.split)[batch.start : batch.stop]
+        self.evaluator.update(module, prompts[module.reduce.rank :: module.reduce.world_size])
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def test_step(self, batch: EvalTicket, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, split: str) -> None:
+        """Log what was evaluated; during training by ourselves, because Lightning would count one step less."""
+        step = self.trainer.global_step
+        metrics = {f"{split}/{name}": value for name, value in self.evaluator.finish(step).items()}
+        training = self.trainer.state.fn == TrainerFn.FITTING
+        self.log_dict(metrics, logger=False if training else None)  # None: True, without a warning where there is none
+        if training and not self.trainer.sanity_checking:
+            self.emit(metrics, step)
+
+    def emit(self, metrics: dict[str, float], step: int) -> None:
+        """Send metrics to every logger once, as of optimiser step ``step`` (from 1), and to ``callback_metrics``."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})

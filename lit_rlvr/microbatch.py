@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_rlvr.reduce import Reduce
 from lit_rlvr.types import RolloutBatch
 
 
@@ -65,3 +66,30 @@ def empty(device: torch.device) -> MicroBatch:
     """A micro-batch with one token and nothing to learn: it keeps ranks that have no work in step with the others."""
     nothing = torch.zeros(0, dtype=torch.int64, device=device)
     return MicroBatch(torch.zeros(1, 1, dtype=torch.int64, device=device), nothing, nothing, nothing, nothing)
+
+
+def cut(
+    rollout: RolloutBatch, chosen: Tensor, budget: int, size: int | None, device: torch.device, reduce: Reduce
+) -> list[tuple[MicroBatch, bool]]:
+    """Cut the rows that have a chosen token into micro-batches; the flag marks the last.
+
+    All ranks get the same number, at least one: a rank with fewer rows gets empty ones at the end.
+
+    Args:
+        rollout: The rows.
+        chosen: The response tokens to ask for [B, T].
+        budget: Tokens per micro-batch, padding included.
+        size: Rows per micro-batch, in their order, instead of a budget.
+        device: Where the policy is.
+        reduce: Counts over ranks.
+    """
+    rows = chosen.any(-1).nonzero().squeeze(-1)
+    if size is None:
+        lengths = (rollout.prompt_mask.sum(-1) + rollout.lengths)[rows]
+        parts = [rows[part] for part in split_rows(lengths, budget)]
+    else:
+        parts = list(rows.split(size)) if len(rows) else []
+    number = max(1, int(reduce.max(torch.tensor(len(parts)))))
+    micros = [lay_out(rollout, part, chosen, device) for part in parts]
+    micros += [empty(device)] * (number - len(micros))
+    return [(micro, i == number - 1) for i, micro in enumerate(micros)]

@@ -5,20 +5,20 @@ tokens learn, and how much; then ``epochs x mini-batches`` optimiser steps maxim
 
     sum(weight * surrogate(advantage, pi / pi_old)) / sum(count)  -  beta * KL(pi || pi_ref)
 
-with both sums over a whole mini-batch and all ranks. :meth:`RLVRModule.training_step` is the algorithm.
+with both sums over a whole mini-batch and all ranks. :meth:`RLVRModule.training_step` is the algorithm, and
+:func:`lit_rlvr.phase.run_phase` is what comes before it.
 """
 
 from __future__ import annotations
 
 import logging
-from functools import cached_property
+from collections.abc import Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -27,25 +27,30 @@ from lit_rlvr.aggregation import Aggregation, TokenMean
 from lit_rlvr.checkpoint import Hyperparameters, configured_again, hyperparameters
 from lit_rlvr.checks import check_algorithm, check_trainer
 from lit_rlvr.collect import Collector
-from lit_rlvr.credit import all_callbacks, credit_chain, describe_chain
-from lit_rlvr.data import EvalTicket, RLVRDataModule, Ticket
+from lit_rlvr.credit import CreditCallback, all_callbacks, credit_chain, describe_chain, penalises
+from lit_rlvr.critic import Critic, ValueModel, value_losses
+from lit_rlvr.data import RLVRDataModule, Ticket
 from lit_rlvr.engines import Engine, InProcessEngine, Sampling
-from lit_rlvr.evaluate import Evaluator
+from lit_rlvr.evaluate import EvaluationSteps
 from lit_rlvr.kl import KLPenalty
 from lit_rlvr.losses import ClippedSurrogate, PolicyLoss
-from lit_rlvr.microbatch import MicroBatch, empty, lay_out, split_rows
+from lit_rlvr.meter import Meter
+from lit_rlvr.microbatch import MicroBatch, cut
+from lit_rlvr.minibatch import MiniBatch
 from lit_rlvr.models import resolve_model
-from lit_rlvr.objective import Meter, MiniBatch, TokenObjective
+from lit_rlvr.objective import TokenObjective
+from lit_rlvr.optimizing import clip_apart, gradient_norms, parameter_groups
 from lit_rlvr.phase import Phase, run_phase
 from lit_rlvr.policy import load_policy
 from lit_rlvr.reduce import Reduce, default_reduce
+from lit_rlvr.refine import of_micro_batch, of_mini_batch
 from lit_rlvr.settings import Batch, Evaluation
 from lit_rlvr.shaping import DynamicSampling, OverlongPenalty
 
 log = logging.getLogger(__name__)
 
 
-class RLVRModule(pl.LightningModule):
+class RLVRModule(EvaluationSteps):
     """Policy, reference and algorithm.
 
     Args:
@@ -56,7 +61,8 @@ class RLVRModule(pl.LightningModule):
         batch: Sizes of a rollout phase and of its optimiser steps.
         sampling: How rollouts are drawn. Always from the full distribution.
         engine: What draws them.
-        advantage: Base advantage of a response.
+        advantage: Base advantage of a response, or with a critic of a token.
+        critic: A value model beside the policy, for ``advantage: GAE``; null: none.
         loss: Surrogate objective of a token.
         aggregation: How tokens are averaged.
         kl: Penalty for leaving the reference model; null: no reference model is loaded.
@@ -81,6 +87,7 @@ class RLVRModule(pl.LightningModule):
         sampling: Sampling = Sampling(),
         engine: Engine | None = None,
         advantage: Advantage = GroupNormalized(),
+        critic: Critic | None = None,
         loss: PolicyLoss = ClippedSurrogate(),
         aggregation: Aggregation = TokenMean(),
         kl: KLPenalty | None = None,
@@ -92,17 +99,17 @@ class RLVRModule(pl.LightningModule):
         evaluations: dict[str, Evaluation] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(evaluations or {"sampled": Evaluation(max_new_tokens=sampling.max_new_tokens)})
         self.model, self.dtype_name, self.gradient_checkpointing = model, dtype, gradient_checkpointing
         self.batch, self.sampling, self.engine = batch, sampling, engine or InProcessEngine()
-        self.advantage, self.loss, self.aggregation = advantage, loss, aggregation
+        self.advantage, self.critic_settings, self.loss, self.aggregation = advantage, critic, loss, aggregation
         self.kl, self.reference_path, self.overlong = kl, reference, overlong
         self.dynamic_sampling, self.optimizer, self.scheduler, self.seed = dynamic_sampling, optimizer, scheduler, seed
-        self.evaluator = Evaluator(evaluations or {"sampled": Evaluation(max_new_tokens=sampling.max_new_tokens)})
         self.base: str | None = None
         self.phase: Phase | None = None
         self.skipped_steps = 0
         self.policy: Any = None
+        self.critic: Any = None
         self.step_metrics: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
         self._mini: MiniBatch
@@ -123,7 +130,9 @@ class RLVRModule(pl.LightningModule):
                 f"the checkpoint was taken inside rollout phase {batch.phase}, whose rollouts it does not hold; resume "
                 f"from one at a multiple of {self.batch.steps_per_phase} optimiser steps"
             )
-        self._mini = self.phase.minibatches[batch.minibatch % self.batch.minibatches]
+        mini = self.phase.minibatches[batch.minibatch % self.batch.minibatches]
+        self._ctx = self.phase.context(self.trainer.global_step)
+        self._mini = of_mini_batch(self, mini, self._ctx, moved=batch.minibatch > 0)
 
     def training_step(self, batch: Ticket, batch_idx: int) -> Tensor:
         """One optimiser step on one mini-batch, micro-batch by micro-batch.
@@ -133,38 +142,49 @@ class RLVRModule(pl.LightningModule):
         """
         self.trainer.optimizers[0].zero_grad()
         meter = Meter()
-        loss = torch.zeros(())
-        for micro, last in self.micro_batches(self._mini):
-            objective = TokenObjective(self._mini, micro, self.loss, self.kl_loss, self.reduce.world_size, meter)
-            loss = self.policy(micro.ids, micro.index, micro.targets, self.sampling.temperature, objective)
-            if not last:
-                loss.backward()
-        self._metrics |= meter.read(self.reduce)
+        loss = backward_but_last(self.policy_losses(self._mini, meter))
+        if self.critic is not None:
+            loss = loss + backward_but_last(value_losses(self, self._mini, meter))
+        self._metrics |= meter.read(self.reduce) | self._ctx.metrics
         return loss
 
+    def policy_losses(self, mini: MiniBatch, meter: Meter) -> Iterator[tuple[Tensor, bool]]:
+        """The policy's loss on each micro-batch; the flag marks the last.
+
+        A loss that is a sum over tokens goes into the forward pass (the selected head). One that needs the current
+        policy's view of all tokens before a token's loss is known is taken after it.
+        """
+        for micro, last in self.micro_batches(mini):
+            score = partial(self.policy, micro.ids, micro.index, micro.targets, self.sampling.temperature)
+            if self.separable:
+                yield score(self.objective(mini, micro, meter)), last
+            else:
+                logprobs, entropies = score()
+                refined = of_micro_batch(self, mini, micro, logprobs, entropies, self._ctx)
+                yield self.objective(refined, micro, meter)(logprobs, entropies, slice(None)), last
+
+    def objective(self, mini: MiniBatch, micro: MicroBatch, meter: Meter) -> TokenObjective:
+        """The loss of a micro-batch's tokens."""
+        scale = self.reduce.world_size  # the strategy averages gradients over the ranks
+        return TokenObjective(mini, micro, self.loss, self.kl_loss, self.chain, self._ctx, scale, meter)
+
     def micro_batches(self, mini: MiniBatch) -> list[tuple[MicroBatch, bool]]:
-        """Cut a mini-batch's rows by the token budget; the flag marks the last.
+        """Cut a mini-batch's rows by the token budget, or into ``micro_rows`` rows each; the flag marks the last.
 
         Only tokens with something to learn are asked for, and rows without any are left out: exact, because their
-        gradient is zero. A KL term in the loss is about every response token. All ranks get the same number.
+        gradient is zero. Terms about every response token ask for all of them.
         """
-        chosen = mini.rollout.response_mask
-        if self.kl_loss is None:
-            chosen = (mini.credit.weight > 0) & (mini.credit.advantage != 0)
-        rows = chosen.any(-1).nonzero().squeeze(-1)
-        lengths = (mini.rollout.prompt_mask.sum(-1) + mini.rollout.lengths)[rows]
-        parts = [rows[part] for part in split_rows(lengths, self.batch.micro_tokens)]
-        number = max(1, int(self.reduce.max(torch.tensor(len(parts)))))
-        micros = [lay_out(mini.rollout, part, chosen, self.device) for part in parts]
-        micros += [empty(self.device)] * (number - len(micros))
-        return [(micro, i == number - 1) for i, micro in enumerate(micros)]
+        everything = self.kl_loss is not None or penalises(self.chain) or not self.separable
+        chosen = mini.rollout.response_mask if everything else mini.credit.learns
+        return cut(mini.rollout, chosen, self.batch.micro_tokens, self.batch.micro_rows, self.device, self.reduce)
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: Lightning would zero after ``training_step``, which begins with zeroing and accumulates."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, unless no token of any rank learns: weight decay and momentum would still move the weights."""
-        if self._mini.denominator or (self.kl_loss is not None and self._mini.kl_denominator):
+        about_all = self.kl_loss is not None or self.critic is not None or penalises(self.chain)
+        if self._mini.denominator or (about_all and self._mini.sequences):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         else:
             optimizer_closure()
@@ -176,6 +196,16 @@ class RLVRModule(pl.LightningModule):
         self.step_metrics, self._metrics = self._metrics, {}
 
     # -- around it -----------------------------------------------------------------------------------------------------
+
+    @property
+    def chain(self) -> list[CreditCallback]:
+        """The credit callbacks of the trainer, in order."""
+        return credit_chain(all_callbacks(self.trainer))
+
+    @property
+    def separable(self) -> bool:
+        """Whether the loss is a sum over tokens whose credit is known before the forward pass."""
+        return not self.loss.whole_responses and all(c.scope != "micro_batch" for c in self.chain)
 
     @property
     def kl_loss(self) -> KLPenalty | None:
@@ -219,8 +249,7 @@ class RLVRModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_trainer(self, self.trainer)
-            chain = credit_chain(all_callbacks(self.trainer))
-            log.info(describe_chain(chain))
+            log.info(describe_chain(self.chain))
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -230,9 +259,12 @@ class RLVRModule(pl.LightningModule):
         if self.kl is not None:
             reference = load_policy(resolve_model(self.reference_path or self.model), self.dtype_name)
             object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
+        if self.critic_settings is not None:
+            start = resolve_model(self.critic_settings.model or self.model)
+            self.critic = ValueModel(start, self.dtype_name, gradient_checkpointing=self.gradient_checkpointing)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        optimizer = self.optimizer(parameter_groups(self.policy, self.critic, self.critic_settings))
         schedule = {} if self.scheduler is None else {"scheduler": self.scheduler(optimizer), "interval": "step"}
         self._configured = hyperparameters(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": schedule} if schedule else optimizer
@@ -241,47 +273,29 @@ class RLVRModule(pl.LightningModule):
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         configured_again(self.trainer.optimizers[0], schedulers, self._configured)
         self.policy.train()
+        if self.critic is not None:
+            self.critic.train()
         if self.reference is not None:
             self.reference.to(self.device)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        norm: Any = torch.nn.utils.get_total_norm(gradients)
-        self._metrics["train/grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        self._metrics |= gradient_norms(optimizer)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip policy and critic apart: the critic's gradients are of another size, and would shrink the policy's."""
+        if self.critic is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            clip_apart(optimizer, gradient_clip_val)
 
     def on_train_batch_end(self, outputs: Any, batch: Ticket, batch_idx: int) -> None:
         if batch.minibatch == self.batch.steps_per_phase - 1:
             self.trainer.optimizers[0].zero_grad()  # gradients would only take memory during the next rollouts
-
-    def emit(self, metrics: dict[str, float], step: int) -> None:
-        """Send metrics to every logger once, as of optimiser step ``step`` (from 1), and to ``callback_metrics``."""
-        for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=step)
-        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-
-    # -- evaluation ----------------------------------------------------------------------------------------------------
-
-    def validation_step(self, batch: EvalTicket, batch_idx: int) -> None:
-        prompts = self.data.encoded(batch.split)[batch.start : batch.stop]
-        self.evaluator.update(self, prompts[self.reduce.rank :: self.reduce.world_size])
-
-    def on_validation_epoch_end(self) -> None:
-        self._report("val")
-
-    def test_step(self, batch: EvalTicket, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self._report("test")
-
-    def _report(self, split: str) -> None:
-        """Log what was evaluated; during training by ourselves, because Lightning would count one step less."""
-        step = self.trainer.global_step
-        metrics = {f"{split}/{name}": value for name, value in self.evaluator.finish(step).items()}
-        training = self.trainer.state.fn == TrainerFn.FITTING
-        self.log_dict(metrics, logger=False if training else None)  # None: True, without a warning where there is none
-        if training and not self.trainer.sanity_checking:
-            self.emit(metrics, step)
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
@@ -298,3 +312,12 @@ class RLVRModule(pl.LightningModule):
             self.policy.hf.save_pretrained(path)
             self.tokenizer.save_pretrained(path)
         return path
+
+
+def backward_but_last(losses: Iterator[tuple[Tensor, bool]]) -> Tensor:
+    """Run the backward pass of each loss before the next is made, and return the last."""
+    for loss, last in losses:
+        if last:
+            return loss
+        loss.backward()
+    raise AssertionError("there is always a last micro-batch")

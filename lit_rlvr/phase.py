@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lit_rlvr.credit import CreditContext, all_callbacks, assign_credit, credit_chain
+from lit_rlvr.credit import CreditContext, assign_credit, observe, shape_rewards
+from lit_rlvr.critic import score_values
 from lit_rlvr.exchange import share_groups
-from lit_rlvr.objective import MiniBatch
+from lit_rlvr.gae import GAE
+from lit_rlvr.minibatch import MiniBatch
 from lit_rlvr.reduce import Reduce, mean
 from lit_rlvr.scoring import score
 from lit_rlvr.types import Credit, RolloutBatch
@@ -33,6 +35,7 @@ class Phase:
         rollout: This rank's facts, before they were cut.
         credit: This rank's credit, before it was cut.
         ready: When learning could begin, in the seconds of ``time.perf_counter``.
+        made: The context that credit was assigned in.
     """
 
     number: int
@@ -41,6 +44,11 @@ class Phase:
     rollout: RolloutBatch
     credit: Credit
     ready: float
+    made: CreditContext
+
+    def context(self, update: int) -> CreditContext:
+        """A fresh context for what callbacks do in optimiser step ``update``."""
+        return replace(self.made, update=update, metrics={}, _times={}, _logged=set())
 
 
 def run_phase(module: RLVRModule, number: int, reduce: Reduce) -> Phase:
@@ -51,57 +59,101 @@ def run_phase(module: RLVRModule, number: int, reduce: Reduce) -> Phase:
     rollout, owner, surplus = share_groups(own, batch.prompts, batch.minibatches, reduce)
     with _timed(seconds, "time/score_s"):
         rollout, own_old = _score(module, rollout, reduce)
-    rollout = replace(rollout, rewards=shape_rewards(module, rollout))
+    ctx = CreditContext(step=number, update=module.trainer.global_step, reduce=reduce, seed=module.seed)
     with _timed(seconds, "time/credit_s"):
-        ctx = CreditContext(step=number, update=module.trainer.global_step, reduce=reduce, seed=module.seed)
-        chain = credit_chain(all_callbacks(module.trainer))
-        credit = assign_credit(chain, rollout, base_credit(module, rollout), ctx)
-        minibatches = cut(module, rollout, credit, owner, own_old, reduce)
+        observe(module.chain, rollout, ctx)
+        rewards = token_rewards(module, replace(rollout, rewards=shape_rewards(module.chain, rollout, ctx)))
+        rollout = replace(rollout, rewards=rewards.sum(-1))
+        base, returns = base_credit(module, rollout, rewards, reduce)
+        credit = assign_credit(module.chain, rollout, base, ctx)
+        minibatches = cut(module, rollout, credit, returns, owner, own_old, reduce)
     metrics = tally.read(reduce) | seconds | ctx.metrics
     metrics["rollout/surplus_groups"] = float(surplus)
     metrics["rollout/shaped_reward"] = mean(reduce, rollout.rewards)
     metrics["credit/kept_fraction"] = mean(reduce, (credit.weight > 0)[rollout.response_mask])
     metrics["time/phase_s"] = time.perf_counter() - started
     metrics["rollout/tokens_per_s"] = metrics["rollout/tokens"] / max(metrics["time/generate_s"], 1e-9)
-    return Phase(number, minibatches, metrics, rollout, credit, time.perf_counter())
+    metrics |= by_sign(rollout, base, reduce) | engine_mismatch(rollout, reduce)
+    return Phase(number, minibatches, metrics, rollout, credit, time.perf_counter(), ctx)
 
 
-def shape_rewards(module: RLVRModule, rollout: RolloutBatch) -> Tensor:
-    """Rewards [B] after the overlong penalty and the KL penalty, where the algorithm has them."""
-    rewards = rollout.rewards
+def token_rewards(module: RLVRModule, rollout: RolloutBatch) -> Tensor:
+    """Rewards of single tokens [B, T]: the response's at its last, less overlong penalty there and KL at each token."""
+    rewards, mask = rollout.rewards, rollout.response_mask
     if module.overlong is not None:
         rewards = rewards + module.overlong(rollout.lengths, module.sampling.max_new_tokens)
+    last = mask & (torch.arange(mask.shape[1], device=mask.device) == rollout.lengths[:, None] - 1)
+    spread = last * rewards[:, None]
     if module.kl is not None and module.kl.where == "reward":
         assert rollout.ref_logprobs is not None
-        penalty = module.kl(rollout.old_logprobs, rollout.ref_logprobs) * rollout.response_mask
-        rewards = rewards - module.kl.beta * penalty.sum(-1)
-    return rewards
+        spread = spread - module.kl.beta * module.kl(rollout.old_logprobs, rollout.ref_logprobs) * mask
+    return spread
 
 
-def base_credit(module: RLVRModule, rollout: RolloutBatch) -> Credit:
-    """The algorithm's own credit: one advantage per response, every response token learns."""
-    advantage = module.advantage(rollout.rewards, rollout.group)
-    share = module.aggregation.share(rollout.response_mask)
-    return Credit(advantage[:, None] * rollout.response_mask, share, share.clone())
+def base_credit(
+    module: RLVRModule, rollout: RolloutBatch, rewards: Tensor, reduce: Reduce
+) -> tuple[Credit, Tensor | None]:
+    """The algorithm's own credit, in which every response token learns, and the critic's returns [B, T].
+
+    Args:
+        module: The algorithm.
+        rollout: The facts; its rewards are those that learning maximises.
+        rewards: The same, token by token [B, T].
+        reduce: Reaches the other ranks.
+    """
+    mask, returns = rollout.response_mask, None
+    if isinstance(module.advantage, GAE):
+        assert rollout.values is not None
+        advantage, returns = module.advantage.of_tokens(rewards, rollout.values, mask, reduce)
+    else:
+        advantage = module.advantage(rollout.rewards, rollout.group, reduce)[:, None] * mask
+    share = module.aggregation.share(mask)
+    return Credit(advantage, share, share.clone()), returns
 
 
 def cut(
-    module: RLVRModule, rollout: RolloutBatch, credit: Credit, owner: Tensor, own_old: bool, reduce: Reduce
+    module: RLVRModule,
+    rollout: RolloutBatch,
+    credit: Credit,
+    returns: Tensor | None,
+    owner: Tensor,
+    own_old: bool,
+    reduce: Reduce,
 ) -> list[MiniBatch]:
     """Cut a rank's rows into mini-batches by ``owner`` [B], each with its denominators over all ranks."""
-    share = module.aggregation.share(rollout.response_mask)
     minibatches = []
     for number in range(module.batch.minibatches):
         rows = (owner == number).nonzero().squeeze(-1)
-        mine = credit.rows(rows)
-        own_sums = torch.stack(
-            [mine.count.double().sum(), share[rows].double().sum(), torch.tensor(len(rows)).double()]
+        target = None if returns is None else returns[rows]
+        minibatches.append(
+            MiniBatch.of(
+                rollout.rows(rows), credit.rows(rows), module.aggregation, reduce, returns=target, own_old=own_old
+            )
         )
-        count, shares, sequences = reduce.sum(own_sums).tolist()
-        denominator = module.aggregation.denominator(count, sequences) if count else 0.0
-        kl_denominator = module.aggregation.denominator(shares, sequences)
-        minibatches.append(MiniBatch(rollout.rows(rows), mine, denominator, share[rows], kl_denominator, own_old))
     return minibatches
+
+
+def by_sign(rollout: RolloutBatch, base: Credit, reduce: Reduce) -> dict[str, float]:
+    """Mean entropy of tokens in positive and in negative samples, by the sign of the base advantage."""
+    positive, negative = base.advantage > 0, base.advantage < 0
+    return {
+        "credit/entropy_positive": mean(reduce, rollout.entropies, positive),
+        "credit/entropy_negative": mean(reduce, rollout.entropies, negative),
+    }
+
+
+def engine_mismatch(rollout: RolloutBatch, reduce: Reduce) -> dict[str, float]:
+    """How far the engine's probabilities are from the training model's: mean and extremes of their ratio."""
+    if rollout.engine_logprobs is None:
+        return {}
+    log_ratio = (rollout.old_logprobs - rollout.engine_logprobs)[rollout.response_mask].double()
+    ends = torch.stack([log_ratio.amax(), -log_ratio.amin()]) if len(log_ratio) else torch.zeros(2).double()
+    largest, smallest = reduce.max(ends).exp().tolist()
+    return {
+        "rollout/engine_ratio": mean(reduce, log_ratio.exp()),
+        "rollout/engine_ratio_max": largest,
+        "rollout/engine_ratio_min": 1 / smallest,
+    }
 
 
 def _score(module: RLVRModule, rollout: RolloutBatch, reduce: Reduce) -> tuple[RolloutBatch, bool]:
@@ -112,16 +164,17 @@ def _score(module: RLVRModule, rollout: RolloutBatch, reduce: Reduce) -> tuple[R
     """
     temperature, budget = module.sampling.temperature, module.batch.micro_tokens
     exact = module.engine.exact(str(module.trainer.precision))
-    read_before = bool(credit_chain(all_callbacks(module.trainer))) or (
-        module.kl is not None and module.kl.where == "reward"
-    )
+    read_before = bool(module.chain) or (module.kl is not None and module.kl.where == "reward")
     own_old = not exact and module.batch.steps_per_phase == 1 and not read_before
     if not exact and not own_old:
         logprobs, entropies = score(module.policy, rollout, temperature, budget, reduce)
-        rollout = replace(rollout, old_logprobs=logprobs, entropies=entropies)
+        rollout = replace(rollout, old_logprobs=logprobs, entropies=entropies, engine_logprobs=rollout.old_logprobs)
     if module.reference is not None:
         ref_logprobs, _ = score(module.reference, rollout, temperature, budget, reduce)
         rollout = replace(rollout, ref_logprobs=ref_logprobs)
+    if module.critic is not None:
+        values = score_values(module.critic, rollout, budget, module.device, reduce)
+        rollout = replace(rollout, values=values)
     return rollout, own_old
 
 

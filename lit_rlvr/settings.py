@@ -18,6 +18,8 @@ class Batch:
         epochs: Passes over a phase's rollouts.
         micro_tokens: Tokens per forward and backward pass on one device, padding included. Changes memory and speed,
             never the gradient.
+        micro_rows: Responses per forward and backward pass instead, for callbacks that act on micro-batches, whose
+            choices depend on it; null: by ``micro_tokens``.
 
     Raises:
         ValueError: When a size is below 1, or mini-batches do not divide the phase.
@@ -28,10 +30,11 @@ class Batch:
     minibatch_prompts: int | None = None
     epochs: int = 1
     micro_tokens: int = 16_384
+    micro_rows: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "responses", "epochs", "micro_tokens"):
-            if getattr(self, name) < 1:
+        for name in ("prompts", "responses", "epochs", "micro_tokens", "micro_rows"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"batch.{name} must be at least 1, got {getattr(self, name)}")
         if self.minibatch_prompts is not None and (self.minibatch_prompts < 1 or self.prompts % self.minibatch_prompts):
             raise ValueError(

@@ -64,6 +64,8 @@ class RolloutBatch(_Tensors):
         uid: (phase, draw, sample) [B, 3]; unique, and independent of row order and of the number of ranks.
         truncated: True where the length limit ended the response [B].
         ref_logprobs: Log-probabilities under the reference model [B, T], where something asked for them.
+        engine_logprobs: Log-probabilities that the engine reported [B, T], where they are not ``old_logprobs``.
+        values: The critic's value of the state before each response token [B, T], where there is a critic.
         prompts: The group's prompt, one per row.
         texts: The decoded responses, one per row.
 
@@ -83,6 +85,8 @@ class RolloutBatch(_Tensors):
     uid: Tensor
     truncated: Tensor
     ref_logprobs: Tensor | None = None
+    engine_logprobs: Tensor | None = None
+    values: Tensor | None = None
     prompts: tuple[Prompt, ...] = ()
     texts: tuple[str, ...] = ()
 
@@ -92,7 +96,8 @@ class RolloutBatch(_Tensors):
             "prompt_ids": (rows, self.prompt_ids.shape[-1]),
             "prompt_mask": (rows, self.prompt_ids.shape[-1]),
             "uid": (rows, 3),
-            **dict.fromkeys(("response_mask", "old_logprobs", "entropies", "ref_logprobs"), (rows, length)),
+            **dict.fromkeys(("response_mask", "old_logprobs", "entropies"), (rows, length)),
+            **dict.fromkeys(("ref_logprobs", "engine_logprobs", "values"), (rows, length)),
             **dict.fromkeys(("rewards", "correct", "group", "truncated"), (rows,)),
         }
         for name, shape in expected.items():
@@ -160,26 +165,64 @@ class RolloutBatch(_Tensors):
 class Credit(_Tensors):
     """Which tokens learn, and how much.
 
-    The policy loss is ``-sum(weight * surrogate(advantage, ratio)) / sum(count)``, both sums over a whole
-    optimiser mini-batch and all ranks.
+    The policy loss is ``-sum(weight * surrogate(advantage, ratio) - kl_coef * |log ratio|) / sum(count)``, both sums
+    over a whole optimiser mini-batch and all ranks; ``ratio`` is that of the current to the old policy.
 
     Args:
         advantage: Signed advantage of each token [B, T].
         weight: Share of the token's surrogate that enters the numerator, >= 0, and 0 off the response [B, T].
         count: Share of the token in the denominator, >= 0, and 0 off the response [B, T].
+        kl_coef: How strongly a token is held at the old policy, >= 0, and 0 off the response [B, T]; None: not at all.
 
     Raises:
-        ValueError: When the three shapes differ.
+        ValueError: When the shapes differ.
     """
 
     advantage: Tensor
     weight: Tensor
     count: Tensor
+    kl_coef: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not self.advantage.shape == self.weight.shape == self.count.shape:
-            shapes = [tuple(t.shape) for t in (self.advantage, self.weight, self.count)]
-            raise ValueError(f"Credit needs three tensors of one shape [B, T], got {shapes}")
+        given = [t for t in (self.advantage, self.weight, self.count, self.kl_coef) if t is not None]
+        if len({t.shape for t in given}) > 1:
+            raise ValueError(f"Credit needs tensors of one shape [B, T], got {[tuple(t.shape) for t in given]}")
+
+    @property
+    def learns(self) -> Tensor:
+        """True on tokens that have a gradient of their own [B, T]."""
+        learns = (self.weight > 0) & (self.advantage != 0)
+        return learns if self.kl_coef is None else learns | (self.kl_coef > 0)
+
+
+@dataclass(frozen=True)
+class Current:
+    """What the policy that is being trained says of responses, without gradients; 0 off the mask.
+
+    Args:
+        logprobs: Log-probabilities of the response tokens [B, T].
+        entropies: Entropies at the response tokens [B, T].
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Response tokens under the policy that is being trained, in no particular order.
+
+    Args:
+        logprobs: Log-probabilities, with gradients [m].
+        entropies: Entropies, with gradients [m].
+        old_logprobs: Log-probabilities under the policy that the phase began with [m].
+        advantage: Advantages after all callbacks [m].
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    old_logprobs: Tensor
+    advantage: Tensor
 
 
 def pad_rows(parts: Sequence[Tensor]) -> Tensor:

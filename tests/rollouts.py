@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lit_rlvr.credit import CreditCallback, CreditContext, assign_credit, observe
 from lit_rlvr.types import Credit, RolloutBatch
 
 R = TypeVar("R")
@@ -54,6 +55,12 @@ def build_rollout(
         truncated=number % 2 == 0,
         texts=tuple(f"text {draw}.{sample}" for _, draw, sample in uid),
     )
+
+
+def run_chain(chain: Sequence[CreditCallback], rollout: RolloutBatch, credit: Credit, ctx: CreditContext) -> Credit:
+    """What a phase does with a chain: all observe, then each acts."""
+    observe(chain, rollout, ctx)
+    return assign_credit(chain, rollout, credit, ctx)
 
 
 def full_credit(rollout: RolloutBatch, advantage: Sequence[float] | None = None) -> Credit:

@@ -11,9 +11,9 @@ import lit_rlvr_callbacks
 import pytest
 import torch
 import yaml
-from rollouts import build_rollout, full_credit, random_credit, random_rollout, run_ranks
+from rollouts import build_rollout, full_credit, random_credit, random_rollout, run_chain, run_ranks
 
-from lit_rlvr.credit import CreditCallback, CreditContext, assign_credit, credit_chain, describe_chain
+from lit_rlvr.credit import CreditCallback, CreditContext, credit_chain, describe_chain
 
 README = (Path(__file__).parents[1] / "callbacks/README.md").read_text()
 
@@ -53,7 +53,7 @@ def test_the_example_does_what_it_says(make: Any) -> None:
     assert entry["class_path"] == "my_callbacks.LongAnswers"
     rollout = build_rollout([[0.5] * 12, [0.5] * 11, [0.5] * 13])
     credit, ctx = full_credit(rollout), CreditContext()
-    after = assign_credit(credit_chain([callback]), rollout, credit, ctx)
+    after = run_chain(credit_chain([callback]), rollout, credit, ctx)
     assert after.weight.sum(-1).tolist() == [12, 0, 13]
     assert after.count.sum(-1).tolist() == [12, 0, 13]
     assert torch.equal(after.advantage, credit.advantage)
@@ -66,21 +66,21 @@ def test_the_example_keeps_the_laws(make: Any) -> None:
     rollout = random_rollout([3, 4], 20, seed=0)
     credit = random_credit(rollout, seed=0)
     callback, whole = make(entry), CreditContext()
-    after = assign_credit([callback], rollout, credit, whole)
+    after = run_chain([callback], rollout, credit, whole)
     rows = [
         torch.tensor([i for i, d in enumerate(rollout.group.tolist()) if (d == rollout.group[0]) == r]) for r in (0, 1)
     ]
 
     def rank(reduce: Any) -> dict[str, float]:
         mine, ctx = rows[reduce.rank], CreditContext(reduce=reduce)
-        part = assign_credit([callback], rollout.rows(mine), credit.rows(mine), ctx)
+        part = run_chain([callback], rollout.rows(mine), credit.rows(mine), ctx)
         assert torch.equal(part.weight, after.weight[mine])
         return ctx.metrics
 
     assert run_ranks(2, rank) == [whole.metrics] * 2
     assert 0 < whole.metrics["credit/LongAnswers/long_share"] < 1
     entry["init_args"]["tokens"] = 1
-    assert torch.equal(assign_credit([make(entry)], rollout, credit, CreditContext()).weight, credit.weight)
+    assert torch.equal(run_chain([make(entry)], rollout, credit, CreditContext()).weight, credit.weight)
 
 
 def test_the_list_of_the_order_section_makes_its_chain(make: Any) -> None:
@@ -88,7 +88,7 @@ def test_the_list_of_the_order_section_makes_its_chain(make: Any) -> None:
     chain = credit_chain([make(entry) for entry in entries(blocks("yaml")[0])])
     assert f"`{describe_chain(chain)}`" in README
     rollout = random_rollout([4], 6, seed=0)
-    assign_credit(chain, rollout, full_credit(rollout), CreditContext())
+    run_chain(chain, rollout, full_credit(rollout), CreditContext())
 
 
 def test_links_lead_somewhere() -> None:

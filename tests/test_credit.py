@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from rollouts import build_rollout, full_credit
+from rollouts import build_rollout, full_credit, run_chain
 from torch import Tensor
 from torch.testing import assert_close
 
-from lit_rlvr.credit import CreditCallback, CreditContext, assign_credit, credit_chain, describe_chain
+from lit_rlvr.credit import CreditCallback, CreditContext, credit_chain, describe_chain
 from lit_rlvr.types import Credit, RolloutBatch
 
 ROLLOUT = build_rollout([[0.1, 0.2, 0.3], [0.4]])
@@ -102,7 +102,7 @@ def test_all_observe_before_any_assigns_in_list_order() -> None:
     """The stage is the one that the detector names after it has observed, wherever it stands in the list."""
     calls: list[str] = []
     chain = [Recorder(calls, name="A"), Recorder(calls, name="B"), Detector(calls, "plateau", name="D")]
-    assert assign_credit(chain, ROLLOUT, CREDIT, CreditContext()) is CREDIT
+    assert run_chain(chain, ROLLOUT, CREDIT, CreditContext()) is CREDIT
     assert calls == [
         *("A observes", "B observes", "D observes"),
         *("A assigns in plateau", "B assigns in plateau", "D assigns in plateau"),
@@ -112,9 +112,9 @@ def test_all_observe_before_any_assigns_in_list_order() -> None:
 def test_each_link_gets_what_the_one_before_returned() -> None:
     """Doubling and adding one do not commute."""
     double, add = Affine(2, 0, "Double"), Affine(1, 1, "Add")
-    both = assign_credit([double, add], ROLLOUT, CREDIT, CreditContext())
+    both = run_chain([double, add], ROLLOUT, CREDIT, CreditContext())
     assert_close(both.weight, torch.tensor([[3.0, 3.0, 3.0], [3.0, 0.0, 0.0]]))
-    other = assign_credit([add, double], ROLLOUT, CREDIT, CreditContext())
+    other = run_chain([add, double], ROLLOUT, CREDIT, CreditContext())
     assert_close(other.weight, torch.tensor([[4.0, 4.0, 4.0], [4.0, 0.0, 0.0]]))
 
 
@@ -127,7 +127,7 @@ def test_a_callback_acts_only_in_its_stages(stages: list[str] | None, stage: str
     """It observes in every stage; no stages means all."""
     calls: list[str] = []
     chain = [Detector([], stage), Recorder(calls, stages, "A")]
-    assign_credit(chain, ROLLOUT, CREDIT, CreditContext())
+    run_chain(chain, ROLLOUT, CREDIT, CreditContext())
     assert calls == ["A observes", f"A assigns in {stage}"][: 1 + acts]
 
 
@@ -135,7 +135,7 @@ def test_stage_is_none_without_a_detector() -> None:
     """A stage of an earlier phase does not stay in the context."""
     ctx = CreditContext(stage="plateau")
     calls: list[str] = []
-    assign_credit([Recorder(calls, name="A")], ROLLOUT, CREDIT, ctx)
+    run_chain([Recorder(calls, name="A")], ROLLOUT, CREDIT, ctx)
     assert calls[-1] == "A assigns in None"
     assert ctx.stage is None
 
@@ -143,7 +143,7 @@ def test_stage_is_none_without_a_detector() -> None:
 def test_the_base_class_changes_nothing() -> None:
     """A callback without methods is the identity and has no stage."""
     callback = CreditCallback()
-    assert assign_credit([callback], ROLLOUT, CREDIT, CreditContext()) is CREDIT
+    assert run_chain([callback], ROLLOUT, CREDIT, CreditContext()) is CREDIT
     assert callback.stage() is None
     assert callback.state_key == "CreditCallback"
     assert CreditCallback(name="mine").state_key == "mine"
@@ -208,7 +208,7 @@ def test_a_broken_law_names_the_callback(what: str, value: Tensor, message: str)
     calls: list[str] = []
     chain = [Affine(1, 0, "Innocent"), Breaker(what, value), Recorder(calls, name="After")]
     with pytest.raises(ValueError, match=f"^Guilty returned a {message}$"):
-        assign_credit(chain, ROLLOUT, CREDIT, CreditContext())
+        run_chain(chain, ROLLOUT, CREDIT, CreditContext())
     assert calls == ["After observes"]
 
 
@@ -220,7 +220,7 @@ def test_a_wrong_shape_names_the_callback() -> None:
             return Credit(credit.advantage.T, credit.weight.T, credit.count.T)
 
     with pytest.raises(ValueError, match=r"^Transposer returned advantage of shape \(3, 2\), expected \(2, 3\)$"):
-        assign_credit([Transposer()], ROLLOUT, CREDIT, CreditContext())
+        run_chain([Transposer()], ROLLOUT, CREDIT, CreditContext())
 
 
 def test_a_forgotten_return_names_the_callback() -> None:
@@ -231,20 +231,20 @@ def test_a_forgotten_return_names_the_callback() -> None:
             return None  # type: ignore[return-value]
 
     with pytest.raises((TypeError, ValueError), match="Forgetful"):
-        assign_credit([Forgetful()], ROLLOUT, CREDIT, CreditContext())
+        run_chain([Forgetful()], ROLLOUT, CREDIT, CreditContext())
 
 
 def test_a_negative_advantage_is_lawful() -> None:
     """Only weight and count have a sign to keep; an advantage outside the response is harmless."""
     value = changed(-ONES, OFF, -3.0)
-    assert assign_credit([Breaker("advantage", value)], ROLLOUT, CREDIT, CreditContext()).advantage is value
+    assert run_chain([Breaker("advantage", value)], ROLLOUT, CREDIT, CreditContext()).advantage is value
 
 
 def test_metrics_carry_the_name_of_the_callback() -> None:
     """Two callbacks may use one metric name."""
     ctx = CreditContext()
     chain = [Logger(["x"], ["y"], "A"), Logger(["x"], [], "B")]
-    assign_credit(chain, ROLLOUT, CREDIT, ctx)
+    run_chain(chain, ROLLOUT, CREDIT, ctx)
     assert ctx.metrics == {"credit/A/x": 0.0, "credit/A/y": 10.0, "credit/B/x": 0.0}
     assert all(type(value) is float for value in ctx.metrics.values())
 
@@ -253,7 +253,7 @@ def test_metrics_carry_the_name_of_the_callback() -> None:
 def test_a_metric_logged_twice_is_refused(observed: list[str], assigned: list[str]) -> None:
     """Within one hook or across the two."""
     with pytest.raises(ValueError, match="the metric credit/A/x is logged twice"):
-        assign_credit([Logger(observed, assigned, "A")], ROLLOUT, CREDIT, CreditContext())
+        run_chain([Logger(observed, assigned, "A")], ROLLOUT, CREDIT, CreditContext())
 
 
 def test_describe_chain() -> None:

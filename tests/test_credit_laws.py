@@ -15,11 +15,21 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lit_rlvr_callbacks import EntropyTopK, PerplexityShaping, PositionShaping, StageDetector
-from rollouts import ThreadedReduce, narrow, phases, random_credit, random_rollout, rollouts, run_ranks, widen
+from rollouts import (
+    ThreadedReduce,
+    narrow,
+    phases,
+    random_credit,
+    random_rollout,
+    rollouts,
+    run_chain,
+    run_ranks,
+    widen,
+)
 from torch import Tensor
 from torch.testing import assert_close
 
-from lit_rlvr.credit import CreditCallback, CreditContext, assign_credit
+from lit_rlvr.credit import CreditCallback, CreditContext
 from lit_rlvr.reduce import LocalReduce, Reduce
 from lit_rlvr.types import Credit, RolloutBatch
 
@@ -103,7 +113,7 @@ def act(
 ) -> Outcome:
     """One phase of one callback through the driver, which checks shape, finiteness, signs and the mask."""
     ctx = CreditContext(step=step, reduce=reduce or LocalReduce(), seed=3)
-    after = assign_credit([callback], rollout, credit, ctx)
+    after = run_chain([callback], rollout, credit, ctx)
     return Outcome(after, ctx.metrics, ctx.stage, callback.state_dict())
 
 

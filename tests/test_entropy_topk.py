@@ -13,11 +13,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lit_rlvr_callbacks import EntropyTopK
-from rollouts import build_rollout, full_credit, phases, random_credit, random_rollout
+from rollouts import build_rollout, full_credit, phases, random_credit, random_rollout, run_chain
 from torch import Tensor
 from trl_source import trl_function
 
-from lit_rlvr.credit import CreditContext, assign_credit
+from lit_rlvr.credit import CreditContext
 from lit_rlvr.types import Credit, RolloutBatch
 
 ENTROPIES = [[0.1, 0.9, 0.5], [0.7, 0.2]]
@@ -26,13 +26,13 @@ few = settings(max_examples=40, deadline=None, derandomize=True)
 
 def kept(callback: EntropyTopK, rollout: RolloutBatch, credit: Credit | None = None, seed: int = 0) -> Tensor:
     """The tokens that still have a weight [B, T]."""
-    return assign_credit([callback], rollout, credit or full_credit(rollout), CreditContext(seed=seed)).weight > 0
+    return run_chain([callback], rollout, credit or full_credit(rollout), CreditContext(seed=seed)).weight > 0
 
 
 def metrics(callback: EntropyTopK, rollout: RolloutBatch, credit: Credit | None = None) -> dict[str, float]:
     """What it logs, without the prefix."""
     ctx = CreditContext()
-    assign_credit([callback], rollout, credit or full_credit(rollout), ctx)
+    run_chain([callback], rollout, credit or full_credit(rollout), ctx)
     return {name.removeprefix("credit/EntropyTopK/"): value for name, value in ctx.metrics.items()}
 
 
@@ -61,7 +61,7 @@ def test_by_hand(options: dict[str, Any], wanted: list[list[int]]) -> None:
     """Five tokens; kept ones keep weight and count, dropped ones lose both, advantages stay."""
     rollout = build_rollout(ENTROPIES)
     credit = full_credit(rollout, [2.0, -3.0])
-    after = assign_credit([EntropyTopK(**options)], rollout, credit, CreditContext())
+    after = run_chain([EntropyTopK(**options)], rollout, credit, CreditContext())
     assert after.weight.tolist() == wanted
     assert after.count.tolist() == wanted
     assert torch.equal(after.advantage, credit.advantage)
@@ -70,7 +70,7 @@ def test_by_hand(options: dict[str, Any], wanted: list[list[int]]) -> None:
 def test_normalising_by_all_keeps_the_count() -> None:
     """v1 of the paper: the loss is smaller by the share of kept tokens."""
     rollout = build_rollout(ENTROPIES)
-    after = assign_credit([EntropyTopK(0.4, normalize="all")], rollout, full_credit(rollout), CreditContext())
+    after = run_chain([EntropyTopK(0.4, normalize="all")], rollout, full_credit(rollout), CreditContext())
     assert after.weight.tolist() == [[0, 1, 0], [1, 0, 0]]
     assert after.count.tolist() == [[1, 1, 1], [1, 1, 0]]
 
@@ -79,7 +79,7 @@ def test_kept_tokens_keep_the_weight_that_they_had() -> None:
     """An importance weight survives the selection."""
     rollout = build_rollout(ENTROPIES)
     credit = replace(full_credit(rollout), weight=torch.tensor([[0.5, 0.25, 2.0], [3.0, 1.0, 0.0]]))
-    after = assign_credit([EntropyTopK(0.4)], rollout, credit, CreditContext())
+    after = run_chain([EntropyTopK(0.4)], rollout, credit, CreditContext())
     assert after.weight.tolist() == [[0, 0.25, 0], [3.0, 0, 0]]
 
 
@@ -217,7 +217,7 @@ def test_nothing_to_choose_from(select: Any) -> None:
     nobody = torch.zeros(0, dtype=torch.int64)
     for facts, credit in ((rollout, silent), (rollout.rows(nobody), silent.rows(nobody))):
         ctx = CreditContext()
-        after = assign_credit([EntropyTopK(0.2, select)], facts, credit, ctx)
+        after = run_chain([EntropyTopK(0.2, select)], facts, credit, ctx)
         assert torch.equal(after.count, credit.count)
         assert torch.equal(after.weight, credit.weight)
         assert set(ctx.metrics.values()) == {0.0}

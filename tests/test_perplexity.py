@@ -14,11 +14,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lit_rlvr_callbacks import PerplexityShaping
-from rollouts import build_rollout, full_credit, phases
+from rollouts import build_rollout, full_credit, phases, run_chain
 from torch import Tensor
 from torch.testing import assert_close
 
-from lit_rlvr.credit import CreditContext, assign_credit
+from lit_rlvr.credit import CreditContext
 from lit_rlvr.types import Credit, RolloutBatch
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
@@ -34,7 +34,7 @@ def rollout_of(log_ppl: Sequence[float], group: Sequence[int] | None = None, len
 
 def factors(rollout: RolloutBatch, alpha: float) -> Tensor:
     """What advantages of 1 become, one number per response."""
-    after = assign_credit([PerplexityShaping(alpha)], rollout, full_credit(rollout), CreditContext()).advantage
+    after = run_chain([PerplexityShaping(alpha)], rollout, full_credit(rollout), CreditContext()).advantage
     assert bool(((after == after[:, :1]) | ~rollout.response_mask).all())
     return after[:, 0]
 
@@ -116,7 +116,7 @@ def test_only_the_advantage_changes() -> None:
     """Signs are kept, 0 stays 0, weight and count stay."""
     rollout = rollout_of([1.0, 3.0, 1.0, 3.0], [0, 0, 1, 1])
     credit = full_credit(rollout, [-2.0, 0.0, 4.0, -1.0])
-    after = assign_credit([PerplexityShaping(0.1)], rollout, credit, CreditContext())
+    after = run_chain([PerplexityShaping(0.1)], rollout, credit, CreditContext())
     assert_close(after.advantage[:, 0], torch.tensor([-2.2, 0.0, 4.4, -0.9]))
     assert after.weight is credit.weight
     assert after.count is credit.count
@@ -133,7 +133,7 @@ def test_against_numpy(phase: tuple[RolloutBatch, Credit], alpha: float) -> None
     rollout, credit = phase
     wanted, sigmas = reference(rollout, credit, alpha)
     assume(all(sigma == 0 or sigma > 1e-2 for sigma in sigmas))
-    after = assign_credit([PerplexityShaping(alpha)], rollout, credit, CreditContext()).advantage
+    after = run_chain([PerplexityShaping(alpha)], rollout, credit, CreditContext()).advantage
     assert_close(after.double().numpy(), wanted, rtol=5e-5, atol=1e-6)
 
 
@@ -152,7 +152,7 @@ def test_metrics_by_hand() -> None:
     """Mean log-perplexity of responses (not tokens), and the mean distance of the factor from 1."""
     ctx = CreditContext()
     rollout = rollout_of([1.0, 3.0, 5.0], [0, 0, 1], length=3)
-    assign_credit([PerplexityShaping(0.1)], rollout, full_credit(rollout), ctx)
+    run_chain([PerplexityShaping(0.1)], rollout, full_credit(rollout), ctx)
     assert ctx.metrics == {
         "credit/PerplexityShaping/log_perplexity": pytest.approx(3.0),
         "credit/PerplexityShaping/factor_deviation": pytest.approx(0.2 / 3),

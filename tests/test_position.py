@@ -15,11 +15,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lit_rlvr_callbacks import PositionShaping
-from rollouts import build_rollout, full_credit, phases
+from rollouts import build_rollout, full_credit, phases, run_chain
 from torch import Tensor
 from torch.testing import assert_close
 
-from lit_rlvr.credit import CreditContext, assign_credit
+from lit_rlvr.credit import CreditContext
 from lit_rlvr.types import Credit, RolloutBatch
 
 near = partial(assert_close, check_dtype=False)
@@ -32,7 +32,7 @@ def shaped(advantage: float, rollout: RolloutBatch = FOUR, step: int = 0, **opti
     """What an advantage becomes along a response."""
     ctx = CreditContext(step=step)
     credit = full_credit(rollout, [advantage] * len(rollout))
-    return assign_credit([PositionShaping(**options)], rollout, credit, ctx).advantage
+    return run_chain([PositionShaping(**options)], rollout, credit, ctx).advantage
 
 
 def sigmoid(x: float) -> float:
@@ -74,7 +74,7 @@ def test_each_response_has_its_own_length() -> None:
     """The second of two tokens stands at r = 1/2, like the third of four; padding gets nothing, whatever it holds."""
     rollout = build_rollout([[0.5] * 4, [0.5] * 2])
     credit = replace(full_credit(rollout), advantage=torch.ones(2, 4))
-    after = assign_credit([PositionShaping()], rollout, credit, CreditContext()).advantage
+    after = run_chain([PositionShaping()], rollout, credit, CreditContext()).advantage
     near(after[0], 1 + BONUS[0])
     near(after[1], torch.tensor([1 + float(BONUS[0, 0]), 1.05, 1.0, 1.0]).double())
 
@@ -84,7 +84,7 @@ def test_the_papers_window(step: int, acts: bool) -> None:
     """200 < step < 300; outside of it the credit is returned as it is and nothing is logged."""
     ctx, credit = CreditContext(step=step), full_credit(FOUR)
     options = yaml.safe_load(CONFIG.read_text())["trainer"]["callbacks+"][0]["init_args"]
-    after = assign_credit([PositionShaping(**options)], FOUR, credit, ctx)
+    after = run_chain([PositionShaping(**options)], FOUR, credit, ctx)
     assert (after is not credit) == acts
     near(after.advantage, 1 + BONUS * acts)
     assert list(ctx.metrics) == ["credit/PositionShaping/bonus"] * acts
@@ -111,7 +111,7 @@ def test_against_numpy(
             bonus = gamma / (1 + np.exp(-slope * ((t - 1) / length - centre)))
             wanted[i, t - 1] = a + np.sign(a) * min(bonus, cap * abs(a))
     callback = PositionShaping(gamma, slope, centre, cap)
-    after = assign_credit([callback], rollout, credit, CreditContext())
+    after = run_chain([callback], rollout, credit, CreditContext())
     # float32 steps of 6e-8 in r and 2 e-6 in k (r - c), so a bonus is off by up to 4e-6 of itself.
     assert_close(after.advantage.double().numpy(), wanted, rtol=1e-5, atol=1e-6)
     assert after.weight is credit.weight
@@ -122,7 +122,7 @@ def test_the_metric_is_the_mean_bonus_over_tokens() -> None:
     """Bonuses count without sign, padding not at all."""
     ctx = CreditContext()
     rollout = build_rollout([[0.5] * 4, [0.5]])
-    assign_credit([PositionShaping()], rollout, full_credit(rollout, [-1.0, 1.0]), ctx)
+    run_chain([PositionShaping()], rollout, full_credit(rollout, [-1.0, 1.0]), ctx)
     wanted = (float(BONUS.sum()) + float(BONUS[0, 0])) / 5
     assert ctx.metrics == {"credit/PositionShaping/bonus": pytest.approx(wanted)}
 

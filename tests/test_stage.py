@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lit_rlvr_callbacks import StageDetector
-from rollouts import build_rollout, full_credit
+from rollouts import build_rollout, full_credit, run_chain
 
-from lit_rlvr.credit import CreditContext, assign_credit
+from lit_rlvr.credit import CreditContext
 
 DECAY_THEN_FLAT = [0.05 + 0.95 * math.exp(-t / 10) for t in range(30)] + [0.1] * 40
 """In the first part the entropy falls by more than a tenth over any 5 phases."""
@@ -29,7 +29,7 @@ def watch(detector: StageDetector, entropies: Sequence[float], start: int = 0) -
         rollout = build_rollout([[entropy * 0.5, entropy * 1.5, entropy], [entropy]])
         ctx = CreditContext(step=step)
         credit = full_credit(rollout)
-        assert assign_credit([detector], rollout, credit, ctx) is credit
+        assert run_chain([detector], rollout, credit, ctx) is credit
         plateau = float(ctx.stage == "plateau")
         assert detector.stage() == ctx.stage == ("plateau" if plateau else "rising")
         logged.append({k.removeprefix("credit/StageDetector/"): v for k, v in ctx.metrics.items()} | {"is": plateau})

@@ -31,6 +31,8 @@ class PerplexityShaping(CreditCallback):
         name: Name in logs and checkpoints.
     """
 
+    token_level = False
+
     def __init__(self, alpha: float = 0.01, stages: list[str] | None = None, name: str | None = None) -> None:
         super().__init__(stages, name)
         self.alpha = alpha

@@ -34,6 +34,8 @@ class StageDetector(CreditCallback):
         ValueError: For a number out of range.
     """
 
+    token_level = False
+
     def __init__(
         self,
         window: int = 5,

@@ -1,0 +1,112 @@
+"""The critic of PPO: a value model, its clipped loss, and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_rlvr.meter import Meter
+from lit_rlvr.microbatch import cut
+from lit_rlvr.minibatch import MiniBatch
+from lit_rlvr.policy import load_policy
+from lit_rlvr.reduce import Reduce
+from lit_rlvr.types import RolloutBatch
+
+if TYPE_CHECKING:
+    from lit_rlvr.module import RLVRModule
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A value model of its own beside the policy. It sees every response token, whatever the callbacks choose.
+
+    Its parameters are a second group of the optimizer, and are clipped apart from the policy's.
+
+    Args:
+        model: Folder or name of the model that it starts from; null: the policy's. Its head starts at zero.
+        lr: Learning rate; null: the policy's.
+        clip: The value loss is at least that of the value moved by at most this from the old one; null: not clipped.
+
+    Raises:
+        ValueError: For a learning rate or clip of at most 0.
+    """
+
+    model: str | None = None
+    lr: float | None = None
+    clip: float | None = 0.2
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and self.lr <= 0:
+            raise ValueError(f"critic.lr must be > 0, got {self.lr}")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"critic.clip must be > 0, got {self.clip}; leave it null to switch it off")
+
+    def loss(self, values: Tensor, old: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
+        """Half the squared error of each value, clipped, and whether the clip holds it back; any one shape.
+
+        Source: PPO's reference implementation; max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2.
+        """
+        plain = (values - returns) ** 2
+        if self.clip is None:
+            return plain / 2, torch.zeros_like(plain, dtype=torch.bool)
+        near = old + (values - old).clamp(-self.clip, self.clip)
+        clipped = (near - returns) ** 2
+        return torch.maximum(plain, clipped) / 2, clipped > plain
+
+
+class ValueModel(nn.Module):
+    """A causal language model's body with one output per token.
+
+    Args:
+        path: A Hugging Face model folder or name.
+        dtype: Dtype of the body; the head is float32, or float64 for a float64 body.
+        gradient_checkpointing: Recompute activations in the backward pass.
+    """
+
+    def __init__(self, path: str, dtype: str, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        hf = load_policy(path, dtype, gradient_checkpointing=gradient_checkpointing).hf
+        self.body: Any = hf.base_model
+        size = hf.config.get_text_config().hidden_size
+        self.head = nn.Linear(size, 1, dtype=torch.float64 if dtype == "float64" else torch.float32)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, ids: Tensor, index: Tensor) -> Tensor:
+        """Values [M] of the states at the flat places ``index`` [M] of ``ids`` [N, S]."""
+        hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
+        with torch.autocast(ids.device.type, enabled=False):
+            values: Tensor = self.head(hidden.flatten(0, 1)[index].to(self.head.weight.dtype)).squeeze(-1)
+        return values
+
+
+@torch.no_grad()
+def score_values(critic: Any, rollout: RolloutBatch, budget: int, device: torch.device, reduce: Reduce) -> Tensor:
+    """The critic's value of the state before each response token [B, T]; 0 off the mask. Every rank calls it."""
+    values = torch.zeros_like(rollout.old_logprobs)
+    for micro, _ in cut(rollout, rollout.response_mask, budget, None, device, reduce):
+        values[micro.row.cpu(), micro.column.cpu()] = critic(micro.ids, micro.index).to(values)
+    return values
+
+
+def value_losses(module: RLVRModule, mini: MiniBatch, meter: Meter) -> Iterator[tuple[Tensor, bool]]:
+    """The critic's loss on each micro-batch of all response tokens; the flag marks the last.
+
+    It is averaged like every term that is about all response tokens.
+    """
+    assert module.critic_settings is not None
+    mask, budget, scale = mini.rollout.response_mask, module.batch.micro_tokens, module.reduce.world_size
+    for micro, last in cut(mini.rollout, mask, budget, None, module.device, module.reduce):
+        where = (micro.row.cpu(), micro.column.cpu())
+        assert mini.rollout.values is not None
+        assert mini.returns is not None
+        old, returns, share = (t[where].to(micro.ids.device) for t in (mini.rollout.values, mini.returns, mini.share))
+        values = module.critic(micro.ids, micro.index)
+        each, held = module.critic_settings.loss(values, old.to(values), returns.to(values))
+        loss = (share * each).sum() / (mini.share_denominator or 1.0)
+        meter.add(value_loss=loss.detach(), value_clip=held.sum(), values=float(len(each)))
+        yield loss * scale, last
