@@ -30,7 +30,7 @@ def trl_function(file: str, name: str, **names: Any) -> Any:
 
 
 def trl_loss(
-    logprobs: Tensor, inputs: dict[str, Tensor], kind: str, beta: float, delta: float | None
+    logprobs: Tensor, inputs: dict[str, Tensor], kind: str, beta: float, delta: float | None, **others: Any
 ) -> tuple[Any, Any]:
     """TRL's own GRPOTrainer._compute_loss on given log-probabilities; returns the loss and its metrics."""
     metrics: Any = {"train": defaultdict(list)}
@@ -53,5 +53,6 @@ def trl_loss(
         _entropy_bonus_enabled=False,
         _metrics=metrics,
     )
+    vars(trainer).update(others)
     compute = trl_function("trainer/grpo_trainer.py", "_compute_loss", nanmin=torch.min, nanmax=torch.max)
     return compute(trainer, None, inputs), metrics["train"]
