@@ -20,6 +20,8 @@ from runs import EvenTask, Recorder, tiny_module, tiny_trainer
 
 from lit_rlvr import RLVRDataModule
 from lit_rlvr.checkpoint import PhaseCheckpoint, configured_again, hyperparameters
+from lit_rlvr.critic import Critic
+from lit_rlvr.gae import GAE
 from lit_rlvr.shaping import DynamicSampling
 
 
@@ -44,12 +46,15 @@ def comparable(metrics: dict[str, float]) -> dict[str, float]:
     return {n: v for n, v in metrics.items() if not n.startswith(("time/", "rollout/tokens_per_s"))}
 
 
-@pytest.mark.parametrize("stop", [2, 6])
-def test_resume_is_bit_identical(stop: int, tmp_path: Path) -> None:
-    whole, record, stage = fit(tmp_path / "a", 10)
-    fit(tmp_path / "b", stop)
-    resumed, second, stage_again = fit(tmp_path / "b", 10, tmp_path / "b" / "last.ckpt")
-    for one, two in zip(whole.policy.parameters(), resumed.policy.parameters(), strict=True):
+PPO: dict[str, Any] = {"advantage": GAE(), "critic": Critic(lr=1e-2), "dynamic_sampling": None}
+
+
+@pytest.mark.parametrize(("stop", "more"), [(2, {}), (6, {}), (4, PPO)], ids=["early", "late", "with a critic"])
+def test_resume_is_bit_identical(stop: int, more: dict[str, Any], tmp_path: Path) -> None:
+    whole, record, stage = fit(tmp_path / "a", 10, **more)
+    fit(tmp_path / "b", stop, **more)
+    resumed, second, stage_again = fit(tmp_path / "b", 10, tmp_path / "b" / "last.ckpt", **more)
+    for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two)
     assert [comparable(m) for m in record.metrics[stop:]] == [comparable(m) for m in second.metrics]
     assert stage.state_dict() == stage_again.state_dict()
