@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -37,9 +38,10 @@ from lit_rlvr.microbatch import MicroBatch, empty, lay_out, split_rows
 from lit_rlvr.models import resolve_model
 from lit_rlvr.objective import Meter, MiniBatch, TokenObjective
 from lit_rlvr.phase import Phase, run_phase
-from lit_rlvr.policy import load_policy
+from lit_rlvr.policy import Policy, load_policy
 from lit_rlvr.reduce import Reduce, default_reduce
 from lit_rlvr.settings import Batch, Evaluation
+from lit_rlvr.sharding import load_sharded, total_norm, whole_weights
 from lit_rlvr.shaping import DynamicSampling, OverlongPenalty
 
 log = logging.getLogger(__name__)
@@ -225,11 +227,23 @@ class RLVRModule(pl.LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        path = resolve_model(self.model)
-        self.policy = load_policy(path, self.dtype_name, gradient_checkpointing=self.gradient_checkpointing)
+        self.policy = self.open_policy(self.model, gradient_checkpointing=self.gradient_checkpointing)
         if self.kl is not None:
-            reference = load_policy(resolve_model(self.reference_path or self.model), self.dtype_name)
+            reference = self.open_policy(self.reference_path or self.model)
             object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
+
+    def open_policy(self, model: str, **options: Any) -> Policy:
+        """Load a policy in the way of this run's strategy: whole, or spread over the devices; every rank calls it."""
+        path = resolve_model(model)
+        if self.device_mesh is None:
+            return load_policy(path, self.dtype_name, **options)
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, ModelParallelStrategy)
+        return load_sharded(path, self.dtype_name, strategy, **options)
+
+    def place(self, policy: Policy) -> Policy:
+        """Move a policy that Lightning does not know to this rank's device; a sharded one is there."""
+        return policy.to(self.device) if self.device_mesh is None else policy
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
@@ -242,12 +256,10 @@ class RLVRModule(pl.LightningModule):
         configured_again(self.trainer.optimizers[0], schedulers, self._configured)
         self.policy.train()
         if self.reference is not None:
-            self.reference.to(self.device)
+            self.place(self.reference)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        norm: Any = torch.nn.utils.get_total_norm(gradients)
-        self._metrics["train/grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        self._metrics["train/grad_norm"] = total_norm(self.policy)
 
     def on_train_batch_end(self, outputs: Any, batch: Ticket, batch_idx: int) -> None:
         if batch.minibatch == self.batch.steps_per_phase - 1:
@@ -294,7 +306,8 @@ class RLVRModule(pl.LightningModule):
     def save_policy(self, folder: str | Path) -> Path:
         """Write policy and tokenizer as a Hugging Face folder for ``from_pretrained``; every rank may call it."""
         path = Path(folder)
+        weights = {name.removeprefix("hf."): value for name, value in whole_weights(self.policy).items()}
         if self.trainer.is_global_zero:
-            self.policy.hf.save_pretrained(path)
+            self.policy.hf.save_pretrained(path, state_dict=weights)
             self.tokenizer.save_pretrained(path)
         return path
