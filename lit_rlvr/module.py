@@ -41,8 +41,8 @@ from lit_rlvr.phase import Phase, run_phase
 from lit_rlvr.policy import Policy, load_policy
 from lit_rlvr.reduce import Reduce, default_reduce
 from lit_rlvr.settings import Batch, Evaluation
-from lit_rlvr.sharding import load_sharded, total_norm, whole_weights
 from lit_rlvr.shaping import DynamicSampling, OverlongPenalty
+from lit_rlvr.sharding import load_sharded, total_norm, whole_weights
 
 log = logging.getLogger(__name__)
 

@@ -105,11 +105,11 @@ def load_sharded(path: str, dtype: str, strategy: ModelParallelStrategy, **optio
         try:
             full = load_policy(path, dtype, **options)
             facts = {"buffers": dict(full.named_buffers()), "generation": full.hf.generation_config}
-        except (ValueError, OSError, ImportError) as error:
-            facts = {"error": str(error)}
+        except Exception as error:  # whatever it is, the others are waiting to hear of it
+            facts = {"error": str(error) or type(error).__name__}
     facts = strategy.broadcast(facts)
     if "error" in facts:
-        raise ValueError(facts["error"])
+        raise ValueError(f"{path} cannot be loaded: {facts['error']}")
     policy = load_policy(path, dtype, empty=True, **options)
     policy.hf.generation_config = facts["generation"]
     offload = isinstance(strategy, FSDP2Strategy) and strategy.cpu_offload
@@ -181,7 +181,7 @@ def gathered(policy: nn.Module) -> Iterator[None]:
 
 
 def whole_weights(policy: nn.Module) -> dict[str, Tensor]:
-    """The policy's state dict with whole tensors on the CPU; every rank calls it, the first gets it if it is sharded."""
+    """The state dict with whole tensors on the CPU; every rank calls it, of a sharded policy only the first has it."""
     return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 

@@ -7,29 +7,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import torch
-from lit_rlvr_callbacks import EntropyTopK, PerplexityShaping
 from lightning.pytorch.callbacks import Callback
+from lit_rlvr_callbacks import EntropyTopK, PerplexityShaping
 from runs import TINY, EvenTask, Recorder, tiny_module, tiny_trainer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rlvr import Batch, RLVRDataModule
-from lit_rlvr.engines import Generation, InProcessEngine
+from lit_rlvr.engines import Generation, InProcessEngine, Sampling
 from lit_rlvr.kl import KLPenalty
 from lit_rlvr.models import resolve_model
 from lit_rlvr.policy import Policy, load_policy
-from lit_rlvr.sharding import FSDP2Strategy
 from lit_rlvr.shaping import DynamicSampling
+from lit_rlvr.sharding import FSDP2Strategy
 
 STEPS = 6
 
 
 class Recorded(NamedTuple):
-    """Every step's gradients and metrics, and the weights at the end."""
+    """Every step's gradients and metrics, the weights at the end, and the collectives of a generation."""
 
     gradients: list[dict[str, Tensor]]
     metrics: list[dict[str, float]]
     weights: dict[str, Tensor]
+    collectives: int = 0
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -40,6 +43,30 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "float32"},
 }
 """In ``ragged`` every mini-batch has one prompt, so one of two ranks has nothing to learn from."""
+
+
+class Traffic(TorchDispatchMode):
+    """Counts collectives."""
+
+    collectives = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.collectives += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+class Decodes(Callback):
+    """Before training, decodes on every rank another number of responses, and counts collectives."""
+
+    collectives = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        rank = trainer.global_rank
+        uid = torch.tensor([[0, 0, sample] for sample in range(1 + rank)])
+        with Traffic() as traffic:
+            sampling = Sampling(max_new_tokens=3 + 5 * rank)
+            pl_module.engine.generate(pl_module.policy, pl_module.tokenizer, [[5, 6]], uid, sampling, 0)
+        self.collectives = traffic.collectives
 
 
 class FixedEngine(InProcessEngine):
@@ -58,7 +85,7 @@ STRATEGIES: dict[str, Callable[[str], Any]] = {
 }
 
 
-def run(case: str, strategy: Any, devices: int, **more: Any) -> Recorded:
+def run(case: str, strategy: Any, devices: int, *watching: Callback, **more: Any) -> Recorded:
     """Train a case; ``more`` are further options of the module."""
     options = {"batch": Batch(4, 4, 2, micro_tokens=60), **CASES[case], **more}
     recorder = Recorder()
@@ -68,7 +95,7 @@ def run(case: str, strategy: Any, devices: int, **more: Any) -> Recorded:
     module = tiny_module(**options)
     trainer = tiny_trainer(
         STEPS,
-        [*callbacks, recorder],
+        [*callbacks, *watching, recorder],
         devices=devices,
         strategy=strategy,
         gradient_clip_val=0.5,
@@ -86,8 +113,10 @@ def main(folder: Path, strategies: list[str]) -> None:
     torch.set_num_threads(1)
     for strategy in strategies:
         for case in CASES:
-            recorded = run(case, STRATEGIES[strategy](case), 2)
-            torch.save(tuple(recorded), folder / f"{strategy}_{case}_{torch.distributed.get_rank()}.pt")
+            decodes = Decodes()
+            gradients, metrics, weights, _ = run(case, STRATEGIES[strategy](case), 2, decodes)
+            path = folder / f"{strategy}_{case}_{torch.distributed.get_rank()}.pt"
+            torch.save((gradients, metrics, weights, decodes.collectives), path)
 
 
 if __name__ == "__main__":
