@@ -37,14 +37,12 @@ class Evaluator(torch.nn.Module):
         self.metrics = torch.nn.ModuleDict({n: EvaluationMetrics(e.samples, e.pass_k) for n, e in evaluations.items()})
 
     def update(self, module: RLVRModule, prompts: Sequence[EncodedPrompt]) -> None:
-        """Evaluate this rank's ``prompts`` in every way."""
-        if not prompts:
-            return
+        """Evaluate this rank's ``prompts``, which may be none, in every way; every rank calls it."""
         for name, evaluation in self.evaluations.items():
             n = evaluation.samples
             rows = [(EVALUATION_PHASE, p.prompt.index, s) for p in prompts for s in range(n)]
             tokens = [p.tokens for p in prompts]
-            uid = torch.tensor(rows)
+            uid = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
             out = module.engine.generate(module.policy, module.tokenizer, tokens, uid, evaluation, module.seed)
             texts = decode(module.tokenizer, out)
             verdicts = module.data.verifier([p.prompt for p in prompts for _ in range(n)], texts)

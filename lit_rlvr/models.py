@@ -73,6 +73,8 @@ def _existing(source: str) -> str:
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a Hugging Face folder, the weights last, so that a folder with weights is whole."""
     tokenizer.save_pretrained(folder)
+    # In a process group, transformers leaves writing to the first rank; here the holder of the cache's lock writes.
+    model.should_save_on_this_rank = lambda is_main_process: True
     model.save_pretrained(folder)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -41,11 +42,12 @@ from lit_rlvr.models import resolve_model
 from lit_rlvr.objective import TokenObjective
 from lit_rlvr.optimizing import clip_apart, gradient_norms, parameter_groups
 from lit_rlvr.phase import Phase, run_phase
-from lit_rlvr.policy import load_policy
+from lit_rlvr.policy import Policy, load_policy
 from lit_rlvr.reduce import Reduce, default_reduce
 from lit_rlvr.refine import of_micro_batch, of_mini_batch
 from lit_rlvr.settings import Batch, Evaluation
 from lit_rlvr.shaping import DynamicSampling, OverlongPenalty
+from lit_rlvr.sharding import load_sharded, whole_weights
 
 log = logging.getLogger(__name__)
 
@@ -254,14 +256,26 @@ class RLVRModule(EvaluationSteps):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        path = resolve_model(self.model)
-        self.policy = load_policy(path, self.dtype_name, gradient_checkpointing=self.gradient_checkpointing)
+        self.policy = self.open_policy(self.model, gradient_checkpointing=self.gradient_checkpointing)
         if self.kl is not None:
-            reference = load_policy(resolve_model(self.reference_path or self.model), self.dtype_name)
+            reference = self.open_policy(self.reference_path or self.model)
             object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
         if self.critic_settings is not None:
             start = resolve_model(self.critic_settings.model or self.model)
             self.critic = ValueModel(start, self.dtype_name, gradient_checkpointing=self.gradient_checkpointing)
+
+    def open_policy(self, model: str, **options: Any) -> Policy:
+        """Load a policy in the way of this run's strategy: whole, or spread over the devices; every rank calls it."""
+        path = resolve_model(model)
+        if self.device_mesh is None:
+            return load_policy(path, self.dtype_name, **options)
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, ModelParallelStrategy)
+        return load_sharded(path, self.dtype_name, strategy, **options)
+
+    def place(self, policy: Policy) -> Policy:
+        """Move a policy that Lightning does not know to this rank's device; a sharded one is there."""
+        return policy.to(self.device) if self.device_mesh is None else policy
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(parameter_groups(self.policy, self.critic, self.critic_settings))
@@ -276,7 +290,7 @@ class RLVRModule(EvaluationSteps):
         if self.critic is not None:
             self.critic.train()
         if self.reference is not None:
-            self.reference.to(self.device)
+            self.place(self.reference)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._metrics |= gradient_norms(optimizer)
@@ -308,8 +322,9 @@ class RLVRModule(EvaluationSteps):
     def save_policy(self, folder: str | Path) -> Path:
         """Write policy and tokenizer as a Hugging Face folder for ``from_pretrained``; every rank may call it."""
         path = Path(folder)
+        weights = {name.removeprefix("hf."): value for name, value in whole_weights(self.policy).items()}
         if self.trainer.is_global_zero:
-            self.policy.hf.save_pretrained(path)
+            self.policy.hf.save_pretrained(path, state_dict=weights)
             self.tokenizer.save_pretrained(path)
         return path
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_rlvr.critic import Critic
@@ -24,11 +25,14 @@ def parameter_groups(policy: nn.Module, critic: nn.Module | None, settings: Crit
 
 def gradient_norms(optimizer: Optimizer) -> dict[str, float]:
     """Norms before clipping, as ``train/grad_norm`` and ``train/critic_grad_norm``."""
-    norms: dict[str, float] = {}
-    for name, group in zip(NAMES, optimizer.param_groups, strict=False):
-        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
-        norms[f"train/{name}"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    return norms
+    groups = zip(NAMES, optimizer.param_groups, strict=False)
+    return {f"train/{name}": total_norm(group["params"]) for name, group in groups}
+
+
+def total_norm(parameters: Iterable[Tensor]) -> float:
+    """The 2-norm of all gradients over all ranks; every rank calls it."""
+    norm: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def clip_apart(optimizer: Optimizer, largest: float) -> None:

@@ -18,6 +18,7 @@ from lit_rlvr.gae import GAE
 from lit_rlvr.minibatch import MiniBatch
 from lit_rlvr.reduce import Reduce, mean
 from lit_rlvr.scoring import score
+from lit_rlvr.sharding import compute_precision
 from lit_rlvr.types import Credit, RolloutBatch
 
 if TYPE_CHECKING:
@@ -163,7 +164,8 @@ def _score(module: RLVRModule, rollout: RolloutBatch, reduce: Reduce) -> tuple[R
     one update has not left the old policy yet, so unless something reads them before, no pass is needed.
     """
     temperature, budget = module.sampling.temperature, module.batch.micro_tokens
-    exact = module.engine.exact(str(module.trainer.precision))
+    precision = compute_precision(module.trainer.strategy, module.dtype_name, str(module.trainer.precision))
+    exact = module.engine.exact(precision)
     read_before = bool(module.chain) or (module.kl is not None and module.kl.where == "reward")
     own_old = not exact and module.batch.steps_per_phase == 1 and not read_before
     if not exact and not own_old:

@@ -32,11 +32,13 @@ class Policy(nn.Module):
                 f"{type(hf).__name__} has a {type(head).__name__} as its head; only a plain nn.Linear works"
             )
         self.transform = logit_transform(hf)
+        self.placed: torch.device | None = None
+        """Where it computes, if its weights wait elsewhere."""
         self.train(hf.training)
 
     @property
     def device(self) -> torch.device:
-        return self.hf.device
+        return self.placed or self.hf.device
 
     @property
     def context_length(self) -> int | None:
@@ -124,7 +126,9 @@ def check_head(policy: Policy) -> None:
         )
 
 
-def load_policy(path: str, dtype: str = "float32", *, gradient_checkpointing: bool = False) -> Policy:
+def load_policy(
+    path: str, dtype: str = "float32", *, gradient_checkpointing: bool = False, empty: bool = False
+) -> Policy:
     """Load a causal language model from a folder or a hub name, ready for training.
 
     Dropout is switched off: a probability ratio compares two policies, not two dropout masks.
@@ -133,6 +137,7 @@ def load_policy(path: str, dtype: str = "float32", *, gradient_checkpointing: bo
         path: A Hugging Face model folder or name. Code from the hub is never run.
         dtype: ``float32``, ``bfloat16`` or ``float64``.
         gradient_checkpointing: Recompute activations in the backward pass.
+        empty: On the meta device, without weights, unchecked: for a strategy that fills it in.
 
     Raises:
         ValueError: For an unknown dtype or a head that is not supported.
@@ -144,9 +149,14 @@ def load_policy(path: str, dtype: str = "float32", *, gradient_checkpointing: bo
         for name, value in part.to_dict().items():
             if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(part, name, 0.0)
-    hf = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[dtype])
+    if empty:
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    else:
+        hf = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[dtype])
     if gradient_checkpointing:
         hf.activation_checkpointing_enable()
     policy = Policy(hf)
-    check_head(policy)
+    if not empty:
+        check_head(policy)
     return policy.train()

@@ -13,8 +13,6 @@ from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 
 from lit_rlvr.credit import all_callbacks
-from lit_rlvr.models import resolve_model
-from lit_rlvr.policy import load_policy
 from lit_rlvr.saving import SavePolicy
 from lit_rlvr.terminal import console
 from lit_rlvr.tracking import MLflow
@@ -34,7 +32,7 @@ class Report(Callback):
         self._started = time.perf_counter()
         if pl_module.base is not None:
             policy = pl_module.policy
-            pl_module.policy = load_policy(resolve_model(pl_module.base), pl_module.dtype_name).to(pl_module.device)
+            pl_module.policy = pl_module.place(pl_module.open_policy(pl_module.base))
             self.rows["base"] = pl_module.evaluator.run(pl_module)
             pl_module.policy = policy
         before = "before training" if pl_module.base is None else "after warm start"

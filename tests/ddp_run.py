@@ -1,41 +1,123 @@
-"""Trains a few steps and saves gradients, metrics and choices: started by test_ddp.py with one process or with two."""
+"""Trains a few steps of every case and saves gradients, metrics and choices; test_ddp.py starts it with torchrun."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lit_rlvr_callbacks import EntropyTopK, PerplexityShaping
-from runs import EvenTask, Recorder, tiny_module, tiny_trainer
+from runs import TINY, EvenTask, Recorder, tiny_module, tiny_trainer
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rlvr import Batch, RLVRDataModule
+from lit_rlvr.engines import Generation, InProcessEngine, Sampling
 from lit_rlvr.kl import KLPenalty
+from lit_rlvr.models import resolve_model
+from lit_rlvr.policy import Policy, load_policy
 from lit_rlvr.shaping import DynamicSampling
+from lit_rlvr.sharding import FSDP2Strategy
+
+STEPS = 6
 
 
-def main(devices: int, folder: Path, case: str) -> None:
-    """Run ``case`` on ``devices`` processes and write what each recorded."""
-    torch.set_num_threads(1)
-    options = {
-        "plain": {},
-        "kl": {"kl": KLPenalty(beta=0.5)},
-        "dynamic": {"dynamic_sampling": DynamicSampling(3)},
-        "ragged": {"batch": Batch(prompts=3, responses=4, minibatch_prompts=1, micro_tokens=40)},
-    }[case]
-    module, recorder = tiny_module(**{"batch": Batch(4, 4, 2, micro_tokens=60), **options}), Recorder()
+class Recorded(NamedTuple):
+    """Every step's gradients and metrics, the weights at the end, and the collectives of a generation."""
+
+    gradients: list[dict[str, Tensor]]
+    metrics: list[dict[str, float]]
+    weights: dict[str, Tensor]
+    collectives: int = 0
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "kl": {"kl": KLPenalty(beta=0.5)},
+    "dynamic": {"dynamic_sampling": DynamicSampling(3)},
+    "ragged": {"batch": Batch(prompts=3, responses=4, minibatch_prompts=1, micro_tokens=40)},
+    "bfloat16": {"dtype": "float32"},
+}
+"""In ``ragged`` every mini-batch has one prompt, so one of two ranks has nothing to learn from."""
+
+
+class Traffic(TorchDispatchMode):
+    """Counts collectives."""
+
+    collectives = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.collectives += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+class Decodes(Callback):
+    """Before training, decodes on every rank another number of responses, and counts collectives."""
+
+    collectives = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        rank = trainer.global_rank
+        uid = torch.tensor([[0, 0, sample] for sample in range(1 + rank)])
+        with Traffic() as traffic:
+            sampling = Sampling(max_new_tokens=3 + 5 * rank)
+            pl_module.engine.generate(pl_module.policy, pl_module.tokenizer, [[5, 6]], uid, sampling, 0)
+        self.collectives = traffic.collectives
+
+
+class FixedEngine(InProcessEngine):
+    """Samples from the float64 model that every case starts from, whatever is trained: the same tokens in bfloat16."""
+
+    def exact(self, precision: str) -> bool:
+        return False
+
+    def generate(self, policy: Policy, *arguments: Any) -> Generation:
+        return super().generate(load_policy(resolve_model(TINY), "float64"), *arguments)
+
+
+STRATEGIES: dict[str, Callable[[str], Any]] = {
+    "ddp": lambda case: "ddp",
+    "fsdp": lambda case: FSDP2Strategy(param_dtype="bfloat16" if case == "bfloat16" else None),
+}
+
+
+def run(case: str, strategy: Any, devices: int, *watching: Callback, **more: Any) -> Recorded:
+    """Train a case; ``more`` are further options of the module."""
+    options = {"batch": Batch(4, 4, 2, micro_tokens=60), **CASES[case], **more}
+    recorder = Recorder()
+    callbacks: list[Callback] = [PerplexityShaping(0.3), EntropyTopK(0.1)]
+    if case == "bfloat16":  # a rounded entropy may fall on the other side of a threshold
+        options, callbacks = {**options, "engine": FixedEngine()}, []
+    module = tiny_module(**options)
     trainer = tiny_trainer(
-        6,
-        [PerplexityShaping(0.3), EntropyTopK(0.1), recorder],
+        STEPS,
+        [*callbacks, *watching, recorder],
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy=strategy,
         gradient_clip_val=0.5,
+        precision="bf16-mixed" if case == "bfloat16" and strategy == "ddp" else "32-true",
+        use_distributed_sampler=False,
     )
     trainer.fit(module, datamodule=RLVRDataModule(EvenTask()))
     skip = ("time/", "rollout/tokens_per_s")
     metrics = [{n: v for n, v in step.items() if not n.startswith(skip)} for step in recorder.metrics]
-    torch.save((recorder.gradients, metrics), folder / f"{devices}_{trainer.global_rank}.pt")
+    return Recorded(recorder.gradients, metrics, recorder.weights)
+
+
+def main(folder: Path, strategies: list[str]) -> None:
+    """Run every case under ``strategies`` and write what each rank recorded."""
+    torch.set_num_threads(1)
+    for strategy in strategies:
+        for case in CASES:
+            decodes = Decodes()
+            gradients, metrics, weights, _ = run(case, STRATEGIES[strategy](case), 2, decodes)
+            path = folder / f"{strategy}_{case}_{torch.distributed.get_rank()}.pt"
+            torch.save((gradients, metrics, weights, decodes.collectives), path)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), sys.argv[2:])

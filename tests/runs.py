@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lit_rlvr import Batch, RLVRDataModule, RLVRModule, Sampling
 from lit_rlvr.tasks import LastDigitArithmetic, Prompt, Score
@@ -33,19 +34,28 @@ class HopelessTask(LastDigitArithmetic):
         return Score(0.0, False)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of a tensor, gathered if it is spread over ranks."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
 class Recorder(Callback):
-    """Keeps every step's gradient and metrics, and the weights after it."""
+    """Keeps every step's gradient and metrics, and the last weights."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, Tensor]] = []
         self.metrics: list[dict[str, float]] = []
+        self.weights: dict[str, Tensor] = {}
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         named = pl_module.policy.named_parameters()
-        self.gradients.append({name: p.grad.detach().clone() for name, p in named if p.grad is not None})
+        self.gradients.append({name: whole(p.grad) for name, p in named if p.grad is not None})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         self.metrics.append(dict(pl_module.step_metrics))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.weights = {name: whole(p) for name, p in pl_module.policy.named_parameters()}
 
 
 def tiny_module(**options: Any) -> RLVRModule:

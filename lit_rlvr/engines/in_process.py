@@ -13,6 +13,7 @@ from lit_rlvr.engines.base import Engine, Generation, Sampling
 from lit_rlvr.engines.sampler import draw
 from lit_rlvr.hashing import uniform
 from lit_rlvr.policy import Policy
+from lit_rlvr.sharding import gathered
 
 
 class InProcessEngine(Engine):
@@ -62,9 +63,10 @@ class InProcessEngine(Engine):
         was_training = policy.training
         policy.eval()
         try:
-            for chunk, rows in self._chunks(len(prompts), samples):
-                picked = [prompts[i] for i in chunk]
-                _decode(policy, tokenizer, picked, rows.to(policy.device), uid, sampling, seed, out)
+            with gathered(policy):
+                for chunk, rows in self._chunks(len(prompts), samples):
+                    picked = [prompts[i] for i in chunk]
+                    _decode(policy, tokenizer, picked, rows.to(policy.device), uid, sampling, seed, out)
         finally:
             policy.train(was_training)
         return out.finish()

@@ -1,0 +1,185 @@
+"""FSDP2: weights, gradients and optimizer state spread over the devices, layer by layer.
+
+Our :class:`~lit_rlvr.policy.Policy` is the root, so that its ``forward`` and ``next_logits`` are the only places where
+weights are gathered; decoder layers are gathered one at a time. Gradients are reduced after every micro-batch, so no
+device ever holds a whole gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from lit_rlvr.policy import DTYPES, Policy, load_policy
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """PyTorch's ``fully_shard`` over all devices of all nodes.
+
+    The first process reads the model and hands out the parts, so others never hold a whole copy, except while they
+    generate: rollouts gather the weights once, to decode without communication.
+
+    Args:
+        param_dtype: Dtype in which weights are gathered and computed with; null: that of ``model.dtype``. With
+            ``bfloat16`` and ``model.dtype`` float32 the optimizer works on float32 weights.
+        cpu_offload: Keep weights, gradients and optimizer state in CPU memory, and step the optimizer there.
+        save_distributed_checkpoint: Every process writes its part into a folder; false: one process writes one file,
+            which other strategies can open too.
+        process_group_backend: Of ``torch.distributed``; null: nccl on GPUs (with gloo for ``cpu_offload``), else gloo.
+
+    Gradients are averaged over devices in float32, or in float64 for float64 weights.
+    """
+
+    def __init__(
+        self,
+        param_dtype: Literal["bfloat16", "float32"] | None = None,
+        cpu_offload: bool = False,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+        )
+        self.param_dtype, self.cpu_offload = param_dtype, cpu_offload
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def model_to_device(self) -> None:
+        """Move what Lightning would move, apart from an offloaded policy."""
+        assert self.lightning_module is not None
+        policy = self.lightning_module.policy if self.cpu_offload else None
+        if policy is None:
+            super().model_to_device()
+            return
+        self.lightning_module.policy = None
+        super().model_to_device()
+        self.lightning_module.policy = policy
+
+    def _get_process_group_backend(self) -> str:
+        if self._process_group_backend is None and self.cpu_offload and self.root_device.type == "cuda":
+            return "cpu:gloo,cuda:nccl"  # the optimizer's norms and checkpoints are reduced on the CPU
+        return super()._get_process_group_backend()
+
+
+def compute_precision(strategy: Strategy, dtype: str, precision: str) -> str:
+    """The Trainer's ``precision``, or what the weights' dtype makes of it: ``bf16-true`` for bfloat16 weights."""
+    narrowed = isinstance(strategy, FSDP2Strategy) and strategy.param_dtype == "bfloat16"
+    return "bf16-true" if narrowed or dtype == "bfloat16" else precision
+
+
+def load_sharded(path: str, dtype: str, strategy: ModelParallelStrategy, **options: Any) -> Policy:
+    """Load a policy that is spread over the strategy's devices; every rank calls it.
+
+    The first rank reads and checks the weights, on the CPU; the others are given their parts.
+
+    Args:
+        path: Model folder or name.
+        dtype: Dtype of the weights.
+        strategy: A strategy whose process group is running.
+        options: More arguments of :func:`~lit_rlvr.policy.load_policy`.
+
+    Raises:
+        ValueError: On every rank, when the first cannot load the model.
+    """
+    full: Policy | None = None
+    facts: dict[str, Any] = {}
+    if strategy.global_rank == 0:
+        try:
+            full = load_policy(path, dtype, **options)
+            facts = {"buffers": dict(full.named_buffers()), "generation": full.hf.generation_config}
+        except Exception as error:  # whatever it is, the others are waiting to hear of it
+            facts = {"error": str(error) or type(error).__name__}
+    facts = strategy.broadcast(facts)
+    if "error" in facts:
+        raise ValueError(f"{path} cannot be loaded: {facts['error']}")
+    policy = load_policy(path, dtype, empty=True, **options)
+    policy.hf.generation_config = facts["generation"]
+    offload = isinstance(strategy, FSDP2Strategy) and strategy.cpu_offload
+    shard(policy, strategy)
+    policy.to_empty(device="cpu" if offload else strategy.root_device)
+    policy.placed = strategy.root_device if offload else None
+    whole = {} if full is None else full.state_dict()
+    set_model_state_dict(policy, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    _set_buffers(policy, facts["buffers"], strategy.root_device)
+    return policy
+
+
+def shard(policy: Policy, strategy: ModelParallelStrategy) -> None:
+    """Apply ``fully_shard`` to the decoder layers and then to the policy.
+
+    Inputs are not cast: with bfloat16 weights, FSDP2 would round every float that is given to ``forward``, old
+    log-probabilities and advantages included.
+
+    Raises:
+        ValueError: When the model does not name its decoder layers.
+    """
+    names = set(policy.hf._no_split_modules or [])
+    layers = [module for module in policy.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(f"{type(policy.hf).__name__} does not name its decoder layers, so it cannot be sharded")
+    options: dict[str, Any] = {
+        "mesh": strategy.device_mesh["data_parallel"],
+        "reshard_after_forward": True,
+        "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
+    }
+    if isinstance(strategy, FSDP2Strategy):
+        own = policy.hf.dtype
+        narrow = DTYPES[strategy.param_dtype] if strategy.param_dtype else own
+        if own == torch.float64 and narrow != own:
+            raise ValueError(f"model.dtype float64 and param_dtype {strategy.param_dtype} contradict each other")
+        wide = torch.float64 if own == torch.float64 else torch.float32
+        options["mp_policy"] = MixedPrecisionPolicy(narrow, wide, cast_forward_inputs=False)
+        pin = torch.cuda.is_available()
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=pin) if strategy.cpu_offload else OffloadPolicy()
+    for layer in layers:
+        fully_shard(layer, **options)
+    fully_shard(policy, **options)
+    register_fsdp_forward_method(policy, "next_logits")
+
+
+def _set_buffers(policy: Policy, buffers: dict[str, Tensor], device: torch.device) -> None:
+    """Give a policy that was made without weights its buffers; rotary frequencies are in no state dict."""
+    for name, value in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(policy.get_submodule(owner), leaf, value.to(device))
+
+
+@contextmanager
+def gathered(policy: nn.Module) -> Iterator[None]:
+    """Inside, a sharded policy has all of its weights on every device, gathered once; every rank enters it.
+
+    Ranks may then run different numbers of forward passes. For a policy that is not sharded it does nothing.
+    """
+    parts = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)
+
+
+def whole_weights(policy: nn.Module) -> dict[str, Tensor]:
+    """The state dict with whole tensors on the CPU; every rank calls it, of a sharded policy only the first has it."""
+    return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
