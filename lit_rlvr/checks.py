@@ -53,7 +53,6 @@ def check_trainer(module: RLVRModule, trainer: pl.Trainer) -> None:
         ValueError: Saying what to change.
     """
     _ = module.data  # refuses another data module, or none
-    check_chain(module)
     if module.critic_settings is not None and trainer.gradient_clip_algorithm == "value":
         raise ValueError("policy and critic are clipped apart, by norm; trainer.gradient_clip_algorithm must be norm")
     if trainer.accumulate_grad_batches != 1:

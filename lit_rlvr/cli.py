@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler  # noqa: E402
 from lit_rlvr.advantages import Advantage  # noqa: E402
 from lit_rlvr.aggregation import Aggregation  # noqa: E402
 from lit_rlvr.checkpoint import PhaseCheckpoint  # noqa: E402
-from lit_rlvr.checks import check_trainer  # noqa: E402
+from lit_rlvr.checks import check_chain, check_trainer  # noqa: E402
 from lit_rlvr.cli_errors import class_names, clear, interpolation, missing_file, option_keys  # noqa: E402
 from lit_rlvr.credit import all_callbacks, credit_chain  # noqa: E402
 from lit_rlvr.data import RLVRDataModule  # noqa: E402
@@ -183,6 +183,7 @@ class CLI(LightningCLI):
         """The ``explain`` command."""
         module, data, trainer = self._connected()
         check_trainer(module, trainer)
+        check_chain(module)
         explain(module, data, trainer, Cluster.of(self._asked), self._asked)
 
     def doctor(self, **_: Any) -> None:

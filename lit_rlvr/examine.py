@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from lit_rlvr import doctor
-from lit_rlvr.checks import check_trainer
+from lit_rlvr.checks import check_chain, check_trainer
 from lit_rlvr.credit import all_callbacks, credit_chain, describe_chain
 from lit_rlvr.data import RLVRDataModule
 from lit_rlvr.doctor import Notes, Report
@@ -49,7 +49,9 @@ def examine(module: RLVRModule, data: RLVRDataModule, trainer: Any, asked: dict[
         report.fine("can be read, and its options go together")
         accelerator(report, asked)
     with report.part("credit"):
-        report.fine(describe_chain(credit_chain(all_callbacks(trainer))).removeprefix("credit: "))
+        chain = credit_chain(all_callbacks(trainer))
+        check_chain(module)
+        report.fine(describe_chain(chain).removeprefix("credit: "))
     config = tokenizer = None
     with report.part("model"):
         source = readable_model(module.model)

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from lit_rlvr.advantages import Advantage, GroupNormalized
 from lit_rlvr.aggregation import Aggregation, TokenMean
 from lit_rlvr.checkpoint import Hyperparameters, configured_again, hyperparameters
-from lit_rlvr.checks import check_algorithm, check_trainer
+from lit_rlvr.checks import check_algorithm, check_chain, check_trainer
 from lit_rlvr.collect import Collector
 from lit_rlvr.credit import CreditCallback, all_callbacks, credit_chain, describe_chain, penalises
 from lit_rlvr.critic import Critic, ValueModel, value_losses
@@ -251,6 +251,7 @@ class RLVRModule(EvaluationSteps):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_trainer(self, self.trainer)
+            check_chain(self)
             log.info(describe_chain(self.chain))
 
     def configure_model(self) -> None:

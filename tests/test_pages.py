@@ -13,6 +13,7 @@ import pytest
 import torch
 from rollouts import build_rollout
 
+from lit_rlvr.credit import CreditContext
 from lit_rlvr.data import Ticket
 from lit_rlvr.phase import Phase
 from lit_rlvr.rollout_pages import RolloutPages, page, rollout_rows
@@ -85,7 +86,7 @@ def phase(rollout: RolloutBatch) -> Phase:
         weight=torch.tensor([[1.0, 0.0, 1.0], [0.333333, 0.0, 0.0], [1.0, 0.0, 0.0]]),
         count=rollout.response_mask.float(),
     )
-    return Phase(20, [], {}, rollout, credit, 0.0)
+    return Phase(20, [], {}, rollout, credit, 0.0, CreditContext())
 
 
 def test_rows_hold_the_facts(phase: Phase) -> None:
