@@ -37,7 +37,8 @@ class Evaluator(torch.nn.Module):
         self.metrics = torch.nn.ModuleDict({n: EvaluationMetrics(e.samples, e.pass_k) for n, e in evaluations.items()})
 
     def update(self, module: RLVRModule, prompts: Sequence[EncodedPrompt]) -> None:
-        """Evaluate this rank's ``prompts`` in every way."""
+        """Evaluate this rank's ``prompts`` in every way; every rank calls it, also one without prompts."""
+        module.engine.sync(module.policy, module.trainer.global_step, module.reduce)
         if not prompts:
             return
         for name, evaluation in self.evaluations.items():
@@ -65,7 +66,9 @@ class Evaluator(torch.nn.Module):
         """Evaluate all validation prompts at once, outside of the Trainer's own validation; every rank calls it."""
         for ticket in module.data.val_dataloader():
             module.validation_step(ticket, 0)
-        return self.finish(module.trainer.global_step)
+        metrics = self.finish(module.trainer.global_step)
+        module.engine.rest(module.reduce)
+        return metrics
 
 
 class EvaluationSteps(pl.LightningModule):
@@ -97,6 +100,8 @@ class EvaluationSteps(pl.LightningModule):
         """Log what was evaluated; during training by ourselves, because Lightning would count one step less."""
         step = self.trainer.global_step
         metrics = {f"{split}/{name}": value for name, value in self.evaluator.finish(step).items()}
+        module: Any = self
+        module.engine.rest(module.reduce)
         training = self.trainer.state.fn == TrainerFn.FITTING
         self.log_dict(metrics, logger=False if training else None)  # None: True, without a warning where there is none
         if training and not self.trainer.sanity_checking:

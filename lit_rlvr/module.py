@@ -250,6 +250,10 @@ class RLVRModule(EvaluationSteps):
         if stage == "fit":
             check_trainer(self, self.trainer)
             log.info(describe_chain(self.chain))
+        self.engine.setup()
+
+    def teardown(self, stage: str) -> None:
+        self.engine.close()
 
     def configure_model(self) -> None:
         if self.policy is not None:
