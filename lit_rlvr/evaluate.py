@@ -38,6 +38,7 @@ class Evaluator(torch.nn.Module):
 
     def update(self, module: RLVRModule, prompts: Sequence[EncodedPrompt]) -> None:
         """Evaluate this rank's ``prompts``, which may be none, in every way; every rank calls it."""
+        module.engine.sync(module.policy, module.trainer.global_step, module.reduce)
         for name, evaluation in self.evaluations.items():
             n = evaluation.samples
             rows = [(EVALUATION_PHASE, p.prompt.index, s) for p in prompts for s in range(n)]
@@ -63,7 +64,9 @@ class Evaluator(torch.nn.Module):
         """Evaluate all validation prompts at once, outside of the Trainer's own validation; every rank calls it."""
         for ticket in module.data.val_dataloader():
             module.validation_step(ticket, 0)
-        return self.finish(module.trainer.global_step)
+        metrics = self.finish(module.trainer.global_step)
+        module.engine.rest(module.reduce)
+        return metrics
 
 
 class EvaluationSteps(pl.LightningModule):
@@ -95,6 +98,8 @@ class EvaluationSteps(pl.LightningModule):
         """Log what was evaluated; during training by ourselves, because Lightning would count one step less."""
         step = self.trainer.global_step
         metrics = {f"{split}/{name}": value for name, value in self.evaluator.finish(step).items()}
+        module: Any = self
+        module.engine.rest(module.reduce)
         training = self.trainer.state.fn == TrainerFn.FITTING
         self.log_dict(metrics, logger=False if training else None)  # None: True, without a warning where there is none
         if training and not self.trainer.sanity_checking:

@@ -253,6 +253,10 @@ class RLVRModule(EvaluationSteps):
             check_trainer(self, self.trainer)
             check_chain(self)
             log.info(describe_chain(self.chain))
+        self.engine.setup()
+
+    def teardown(self, stage: str) -> None:
+        self.engine.close()
 
     def configure_model(self) -> None:
         if self.policy is not None:

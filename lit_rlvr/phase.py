@@ -56,7 +56,9 @@ def run_phase(module: RLVRModule, number: int, reduce: Reduce) -> Phase:
     """Run rollout phase ``number`` of ``module``; every rank calls it."""
     batch, seconds = module.batch, dict[str, float]()
     started = time.perf_counter()
+    module.engine.sync(module.policy, module.trainer.global_step, reduce)
     own, tally = module.collector.collect(module.policy, module.data.draw, batch.prompts, number, reduce)
+    module.engine.rest(reduce)
     rollout, owner, surplus = share_groups(own, batch.prompts, batch.minibatches, reduce)
     with _timed(seconds, "time/score_s"):
         rollout, own_old = _score(module, rollout, reduce)
@@ -68,7 +70,7 @@ def run_phase(module: RLVRModule, number: int, reduce: Reduce) -> Phase:
         base, returns = base_credit(module, rollout, rewards, reduce)
         credit = assign_credit(module.chain, rollout, base, ctx)
         minibatches = cut(module, rollout, credit, returns, owner, own_old, reduce)
-    metrics = tally.read(reduce) | seconds | ctx.metrics
+    metrics = tally.read(reduce) | seconds | ctx.metrics | module.engine.metrics(reduce)
     metrics["rollout/surplus_groups"] = float(surplus)
     metrics["rollout/shaped_reward"] = mean(reduce, rollout.rewards)
     metrics["credit/kept_fraction"] = mean(reduce, (credit.weight > 0)[rollout.response_mask])

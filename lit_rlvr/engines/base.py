@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_rlvr.policy import Policy
+from lit_rlvr.reduce import Reduce
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,11 @@ class Generation:
 
 
 class Engine(ABC):
-    """Something that samples responses from the current policy."""
+    """Something that samples responses from the current policy.
+
+    A run calls ``setup`` once, then ``sync`` before sampling and ``rest`` after it, and ``close`` at its end. Only engines
+    with a copy of the weights have something to do there.
+    """
 
     @abstractmethod
     def exact(self, precision: str) -> bool:
@@ -101,3 +106,25 @@ class Engine(ABC):
             sampling: Temperature, length and truncation.
             seed: The run's seed.
         """
+
+    def setup(self) -> None:  # noqa: B027
+        """Begin a run: whatever was sampled from before may have other weights now. Every rank calls it."""
+
+    def sync(self, policy: Policy, version: int, reduce: Reduce) -> None:  # noqa: B027
+        """Make sure that the next responses are drawn from the policy's current weights. Every rank calls it.
+
+        Args:
+            policy: The current policy.
+            version: Optimiser steps so far; the same number in the same run means the same weights.
+            reduce: Reaches the other ranks.
+        """
+
+    def rest(self, reduce: Reduce) -> None:  # noqa: B027
+        """Sampling is over until the next ``sync``. Every rank calls it, once all have sampled."""
+
+    def metrics(self, reduce: Reduce) -> dict[str, float]:
+        """What to log since the last call, the same on every rank. Every rank calls it."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027
+        """End a run. Every rank calls it."""

@@ -1,0 +1,88 @@
+"""Sampling from vLLM servers that are already running."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from lit_rlvr.engines.vllm_engine import VLLMEngine
+from lit_rlvr.policy import Policy
+from lit_rlvr.reduce import Reduce
+
+
+class VLLMServerEngine(VLLMEngine):
+    """Samples from vLLM servers that ``lit-rlvr serve`` started, here or on other machines.
+
+    Before a phase is sampled, rank 0 pushes the policy's weights to all servers. Prompts are spread evenly; with several
+    ranks, each talks to its own share of the servers. Old log-probabilities come from the training model; the servers'
+    are compared with them.
+
+    Args:
+        addresses: ``http://host:port`` of each server.
+        folder: Where weights wait to be loaded, a file at a time: a folder that rank 0 and every server see under this
+            path. Null: memory shared on this machine, when all servers run here.
+        file_megabytes: Size of a file of weights: what a push takes beside the copies of the policy.
+        timeout: Seconds that a request may take, whether it samples or loads.
+        retries: How often a request is repeated when a server does not answer, or fails.
+        requests: Most prompts that are sampled at a time on one server.
+        sleep_level: 0: servers keep their memory while the policy learns. 1: they give up the cache, and move weights to
+            the host's memory. 2: they give up both. Above 0, start them with ``--enable-sleep-mode``.
+
+    Raises:
+        ValueError: For an option out of range, or servers elsewhere without ``folder``.
+        ImportError: Without the package requests.
+    """
+
+    def __init__(
+        self,
+        addresses: list[str],
+        folder: str | None = None,
+        file_megabytes: int = 512,
+        timeout: float = 1800.0,
+        retries: int = 3,
+        requests: int = 128,
+        sleep_level: int = 0,
+    ) -> None:
+        super().__init__(folder, file_megabytes, timeout, retries, requests, sleep_level)
+        check_addresses(addresses)
+        elsewhere = [a for a in addresses if not _is_here(str(urlsplit(a).hostname))]
+        if folder is None and elsewhere:
+            raise ValueError(
+                f"the vLLM server {elsewhere[0]} is on another machine: set engine.folder to a folder that this machine "
+                "and every server see under the same path"
+            )
+        self.connect(addresses)
+
+    def setup(self) -> None:
+        super().setup()
+        self.meet()
+
+    def start(self, policy: Policy, reduce: Reduce) -> None:
+        self.meet()
+
+
+def check_addresses(addresses: list[str]) -> None:
+    """Refuse addresses that cannot be right.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    if not addresses:
+        raise ValueError("engine.addresses needs the address of a vLLM server, such as http://127.0.0.1:8000")
+    for address in addresses:
+        if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
+            raise ValueError(f"engine.addresses has {address!r}; an address looks like http://127.0.0.1:8000")
+    if len({address.rstrip("/") for address in addresses}) < len(addresses):
+        raise ValueError("engine.addresses has the same server twice")
+
+
+def _is_here(host: str) -> bool:
+    """Whether a host is this machine, as far as its name tells.
+
+    >>> [_is_here(host) for host in ("localhost", "127.0.0.1", "::1", "node7", "192.0.2.7")]
+    [True, True, True, False, False]
+    """
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
