@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,13 @@ class RLVRModule(EvaluationSteps):
                 f"from one at a multiple of {self.batch.steps_per_phase} optimiser steps"
             )
         mini = self.phase.minibatches[batch.minibatch % self.batch.minibatches]
+        moved = batch.minibatch > 0
+        if not moved:
+            # Still the old policy: a ratio of 1, whatever rounding makes of it. A penalty on |log ratio| has no
+            # gradient there, but one of full size and random sign an epsilon beside it.
+            mini = replace(mini, own_old=True)
         self._ctx = self.phase.context(self.trainer.global_step)
-        self._mini = of_mini_batch(self, mini, self._ctx, moved=batch.minibatch > 0)
+        self._mini = of_mini_batch(self, mini, self._ctx, moved=moved)
 
     def training_step(self, batch: Ticket, batch_idx: int) -> Tensor:
         """One optimiser step on one mini-batch, micro-batch by micro-batch.

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_rlvr.credit import CreditCallback, CreditContext, assign_credit, observe
-from lit_rlvr.types import Credit, RolloutBatch
+from lit_rlvr.types import Credit, Current, RolloutBatch
 
 R = TypeVar("R")
 TIED = (0.0, 0.0, 0.5, 1.25)
 """Entropies that come often, so that ties do."""
+TEXTS = ("so it is 7", "so it so it so it so it", "boxed{1} boxed{2}", "aaaa", "so \u5b57")
+"""A response without defects, and one of each kind at low thresholds."""
 
 
 def padded(rows: Sequence[Sequence[float]]) -> Tensor:
@@ -79,7 +81,23 @@ def random_rollout(sizes: Sequence[int], longest: int, seed: int, phase: int = 0
     lengths = [rng.randint(1, longest) for _ in group]
     entropies = [[rng.choice((*TIED, rng.uniform(0, 3))) for _ in range(length)] for length in lengths]
     logprobs = [[-rng.expovariate(0.5) for _ in range(length)] for length in lengths]
-    return build_rollout(entropies, logprobs, group, phase)
+    rollout = build_rollout(entropies, logprobs, group, phase)
+    # In one group of four all are right, in one all are wrong.
+    right = torch.tensor([d % 4 == 0 or (d % 4 > 1 and i % 2 == 0) for i, d in enumerate(group)]).float()
+    return replace(
+        rollout,
+        rewards=right,
+        correct=right,
+        engine_logprobs=(rollout.old_logprobs + rollout.entropies - 1) * rollout.response_mask,
+        texts=tuple(TEXTS[d % len(TEXTS)] for d in group),
+    )
+
+
+def current_policy(rollout: RolloutBatch) -> Current:
+    """What a policy that has moved away from the old one says of the responses."""
+    moved = rollout.old_logprobs * 0.9 + 0.1 * torch.sin(rollout.old_logprobs * 7) - 0.1
+    mask = rollout.response_mask
+    return Current(moved * mask, rollout.entropies * 0.8 * mask)
 
 
 def random_credit(rollout: RolloutBatch, seed: int) -> Credit:
@@ -121,6 +139,7 @@ def widen(rollout: RolloutBatch, credit: Credit, extra: int) -> tuple[RolloutBat
         rollout,
         response_ids=more(rollout.response_ids, 7), response_mask=more(rollout.response_mask),
         old_logprobs=more(rollout.old_logprobs, -9.0), entropies=more(rollout.entropies, 9.0),
+        engine_logprobs=None if rollout.engine_logprobs is None else more(rollout.engine_logprobs, -4.0),
     )  # fmt: skip
     return wide, Credit(more(credit.advantage), more(credit.weight), more(credit.count))
 
@@ -128,8 +147,11 @@ def widen(rollout: RolloutBatch, credit: Credit, extra: int) -> tuple[RolloutBat
 def narrow(rollout: RolloutBatch, credit: Credit) -> tuple[RolloutBatch, Credit]:
     """The same responses without padding that no row needs; one column at the least."""
     width = max(1, int(rollout.lengths.max()) if len(rollout) else 1)
-    cut = {n: getattr(rollout, n)[:, :width] for n in ("response_ids", "response_mask", "old_logprobs", "entropies")}
-    return replace(rollout, **cut), Credit(*(t[:, :width] for t in (credit.advantage, credit.weight, credit.count)))
+    names = ("response_ids", "response_mask", "old_logprobs", "entropies", "engine_logprobs")
+    cut = {n: v[:, :width] for n in names if (v := getattr(rollout, n)) is not None}
+    kl_coef = None if credit.kl_coef is None else credit.kl_coef[:, :width]
+    kept = (t[:, :width] for t in (credit.advantage, credit.weight, credit.count))
+    return replace(rollout, **cut), Credit(*kept, kl_coef)
 
 
 @dataclass
