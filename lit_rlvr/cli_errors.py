@@ -32,7 +32,19 @@ def clear(message: str, keys: list[str], classes: list[str]) -> str:
         keys: Every option of the command, dotted.
         classes: Every class that YAML may name.
     """
-    for rule in (_missing, _yaml, _command, _option, _own_words, _class_option, _choice, _class, _type, _file):
+    for rule in (
+        _missing,
+        _yaml,
+        _command,
+        _option,
+        _own_words,
+        _class_option,
+        _choice,
+        _schedule,
+        _class,
+        _type,
+        _file,
+    ):
         if sentence := rule(message, keys, classes):
             return sentence
     lines = [line for line in message.splitlines() if line.strip() and "Subtypes:" not in line]
@@ -121,6 +133,14 @@ def _choice(message: str, keys: list[str], classes: list[str]) -> str | None:
     return f"{name} must be one of {', '.join(choices)}, got {found.group(2)!r}{hint}"
 
 
+def _schedule(message: str, keys: list[str], classes: list[str]) -> str | None:
+    found = re.search(r"Expected a dot import path string: (\S+)", message)
+    if not found or "[<class 'lit_rlvr.schedule.Schedule'>, <class 'float'>" not in message:
+        return None
+    names = dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message))
+    return f"{'.'.join(names)} must be a number or a schedule, got {found.group(1)!r}"
+
+
 def _class(message: str, keys: list[str], classes: list[str]) -> str | None:
     key = _key(message)
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
@@ -161,6 +181,12 @@ def missing_file(path: Path) -> str:
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     shown = path.name if path.parent == Path.cwd() else str(path)
     return f"there is no file {shown!r}{did_you_mean(path.name, beside)}"
+
+
+RULES = (
+    _missing, _yaml, _command, _option, _own_words, _class_option, _choice, _schedule, _class, _type, _file
+)  # fmt: skip
+"""What is tried on a message, in order; the first rule that has a sentence wins."""
 
 
 def interpolation(error: Exception, keys: list[str]) -> str:

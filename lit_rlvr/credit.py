@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lit_rlvr.reduce import LocalReduce, Reduce
+from lit_rlvr.schedule import Schedule
 from lit_rlvr.types import Credit, Current, RolloutBatch, Tokens
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def credit_chain(callbacks: Sequence[Callback]) -> list[CreditCallback]:
     """The credit callbacks of a trainer, in list order, after checking that they go together.
 
     Raises:
-        ValueError: For two callbacks of one name, two detectors, or ``stages`` without a detector.
+        ValueError: For two callbacks of one name, two detectors, or something that goes by stage without a detector.
     """
     chain = [c for c in callbacks if isinstance(c, CreditCallback)]
     names = [c.state_key for c in chain]
@@ -197,6 +198,12 @@ def credit_chain(callbacks: Sequence[Callback]) -> list[CreditCallback]:
         raise ValueError(
             f"{gated[0]} acts only in some stages, but no stage detector is in the list; add StageDetector"
         )
+    for callback in chain:
+        staged = [name for name, value in vars(callback).items() if isinstance(value, Schedule) and value.by_stage]
+        if staged and not detectors:
+            raise ValueError(
+                f"{callback.state_key}.{staged[0]} goes by stage, but no stage detector is in the list; add StageDetector"
+            )
     return chain
 
 
