@@ -15,6 +15,7 @@ commands:
   explain    what a run would do: steps, tokens, algorithm, credit, memory
   doctor     is everything ready? checks the machine, and with --config the configuration, model, task and verifier
   warmup     supervised warm start on a task's demonstrations, kept in a cache
+  compare    runs arms and seeds from one file, and says in a table what the differences are worth
 
 lit-rlvr <command> --help lists a command's options; --print_config prints the configuration that they make.
 Several --config files are layered; options on the command line come last:
@@ -38,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         from lit_rlvr.doctor import main as doctor
 
         return doctor()
+    if arguments[0] == "compare":
+        from lit_rlvr.compare.command import main as compare
+
+        return compare(arguments[1:])
     from lit_rlvr.cli import run
 
     return run(arguments)
