@@ -116,19 +116,19 @@ def compare(comparison: Comparison, program: Sequence[str], command: str, table_
         quiet_libraries()
         runs = runs_of(comparison)
         record = open_record(comparison)
-        complete = False
+        status = "KILLED"
         try:
             if not table_only:
                 work(comparison, runs, program, record, lock)
             text = write(comparison, runs, command, record)
-            complete = all(run.state() == "done" for run in runs)
+            status = "FAILED" if any(run.state() == "failed" for run in runs) else "FINISHED"
         except KeyboardInterrupt:
             done = sum(run.state() == "done" for run in runs)
             say(f"stopped; {done} of {len(runs)} runs are done, and the same command goes on from there")
             return 130
         finally:
             if record is not None:
-                record.close(complete)
+                record.close(status)
     print(text)
     say(f"kept in {comparison.folder}: table.md, table.csv, table.json and curve_*.png")
     return int(any(run.state() == "failed" for run in runs))

@@ -36,8 +36,8 @@ class Measure:
 
     Args:
         kind: ``held_out``: a result of the evaluation after training; ``last``: mean of a metric's last ``window``
-            values; ``steps_to``: first optimiser step at which the mean of a metric's last ``window`` values is at least
-            ``threshold``.
+            values; ``steps_to``: first optimiser step at which the mean of the last ``window`` values so far is at
+            least ``threshold``.
         metric: Name of the result or metric.
         threshold: What ``steps_to`` waits for.
         window: Number of logged values that are averaged.

@@ -50,7 +50,7 @@ def plot(file: Path, metric: str, histories: Mapping[str, Sequence[History]], ba
     others = [arm for arm in curves if arm != baseline] or [baseline]
     columns = min(COLUMNS, len(others))
     rows = ceil(len(others) / columns)
-    figure = Figure(figsize=(3.2 * columns, 2.4 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(max(3.2 * columns, 6.0), 2.4 * rows + 0.6), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for panel, arm in zip(panels, others, strict=False):
         _draw(panel, curves[baseline], baseline, GREY)

@@ -65,12 +65,12 @@ class Record:
         """Write down how a nested run ended."""
         self.client.set_terminated(self.open.pop(run), "FINISHED" if run.state() == "done" else "FAILED")
 
-    def close(self, complete: bool) -> None:
-        """End the parent run; nested runs that are still open were stopped."""
+    def close(self, status: str) -> None:
+        """End the parent run with ``status``; nested runs that are still open were stopped."""
         for run_id in self.open.values():
             self.client.set_terminated(run_id, "KILLED")
         self.open.clear()
-        self.client.set_terminated(self.parent, "FINISHED" if complete else "KILLED")
+        self.client.set_terminated(self.parent, status)
 
     def results(self, table: Table, files: Iterable[Path]) -> None:
         """Keep the table with the parent run: its files, and every mean as a metric ``<measure>/<arm>``."""

@@ -47,6 +47,9 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+DEFAULT = Measure("held_out", "sampled/mean_at_1", better="higher")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Arms, seeds, and what is looked at.
@@ -78,7 +81,7 @@ class Comparison:
     folder: Path
     common: Layer = Layer()
     seeds: tuple[int, ...] = (0, 1, 2)
-    metric: Measure = Measure("held_out", "sampled/mean_at_1", better="higher")
+    metric: Measure = DEFAULT
     also: tuple[Measure, ...] = ()
     curves: tuple[str, ...] = ("rollout/reward",)
     confidence: float = 0.95

@@ -111,7 +111,8 @@ def markdown(table: Table) -> str:
     comparison = table.comparison
     parts = [f"# {comparison.name}", f"`{table.command}`"]
     for measure, rows in table.measures:
-        parts += [f"## {measure.name}", _grid(_heading(comparison), [_cells(row) for row in rows])]
+        digits = decimals([row.summary.mean for row in rows])
+        parts += [f"## {measure.name}", _grid(_heading(comparison), [_cells(row, digits) for row in rows])]
     parts += ["\n".join(f"- {note}" for note in notes(table))]
     if table.failed:
         parts += ["## Failed runs", *map(_failure, table.failed)]
@@ -144,25 +145,32 @@ def notes(table: Table) -> list[str]:
     return said + [f"{line}." for line in table.without_value]
 
 
+def decimals(means: Iterable[float | None]) -> int:
+    """Decimals that give the largest mean three significant digits, but at least one.
+
+    >>> decimals([0.512, None]), decimals([0.0123]), decimals([141.0])
+    (3, 4, 1)
+    """
+    largest = max((abs(mean) for mean in means if mean), default=1.0)
+    return min(max(1, 2 - math.floor(math.log10(largest))), 9)
+
+
 def _heading(comparison: Comparison) -> list[str]:
-    return ["arm", "n", "mean", "sd", f"difference to {comparison.baseline}", f"{100 * comparison.confidence:g} % interval", "verdict"]  # fmt: skip # noqa: E501
+    difference, interval = f"difference to {comparison.baseline}", f"{100 * comparison.confidence:g} % interval"
+    return ["arm", "n", "mean", "sd", difference, interval, "verdict"]
 
 
-def _cells(row: Row) -> list[str]:
-    summary, difference = row.summary, row.difference
+def _cells(row: Row, digits: int) -> list[str]:
+    def number(value: float | None, sign: str = "") -> str:
+        return "–" if value is None else f"{value:{sign}.{digits}f}"
+
     n = str(len(row.values)) + (f" ({row.missed} never)" if row.missed else "")
-    interval = "–"
-    if difference is not None and difference.low is not None and difference.high is not None:
-        interval = f"[{_number(difference.low, sign=True)}, {_number(difference.high, sign=True)}]"
-    mean = None if difference is None else difference.mean
-    return [row.arm, n, _number(summary.mean), _number(summary.sd), _number(mean, sign=True), interval, row.verdict]
-
-
-def _number(value: float | None, sign: bool = False) -> str:
-    if value is None:
-        return "–"
-    digits = 3 if abs(value) < 10 else 1
-    return f"{value:{'+' if sign else ''}.{digits}f}"
+    mean, interval, found = None, "–", row.difference
+    if found is not None:
+        mean = found.mean
+        if found.low is not None:
+            interval = f"[{number(found.low, '+')}, {number(found.high, '+')}]"
+    return [row.arm, n, number(row.summary.mean), number(row.summary.sd), number(mean, "+"), interval, row.verdict]
 
 
 def _grid(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
