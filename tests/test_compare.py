@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,11 +20,12 @@ import pytest
 import yaml
 from command_line import CONFIGS, Outcome, cli, succeed
 from mlflow import MlflowClient
+from test_configs import holds
 
 from lit_rlvr.compare.command import main, workers_of
 from lit_rlvr.compare.pool import locked
 from lit_rlvr.compare.runs import Run, arm_arguments, runs_of
-from lit_rlvr.compare.spec import read
+from lit_rlvr.compare.spec import LAYER, OPTIONS, read
 
 ROOT = Path(__file__).parents[1]
 FAKE = (sys.executable, "-S", str(Path(__file__).parent / "fake_fit.py"))
@@ -465,16 +467,30 @@ def test_every_arm_of_every_comparison_is_understood_by_fit(file: Path, arm: str
     assert isinstance(run, Run)
     printed = yaml.safe_load(succeed(tmp_path, *run.command(["fit"]), "--print_config").out)
     layer = comparison.arms[arm]
-    wanted = [entry if isinstance(entry, str) else entry["class_path"] for entry in layer.callbacks or ()]
-    found = printed["trainer"]["callbacks"]
-    assert [entry["class_path"].rpartition(".")[2] for entry in found] == wanted
-    for entry, resolved in zip(layer.callbacks or (), found, strict=True):
-        if not isinstance(entry, str):
-            assert entry["init_args"].items() <= resolved["init_args"].items()
-    for name, value in layer.set.items():
+    callbacks = comparison.common.callbacks if layer.callbacks is None else layer.callbacks
+    assert holds(printed["trainer"]["callbacks"], list(callbacks or ()))
+    for name, value in {**comparison.common.set, **layer.set}.items():
         section, option = name.split(".", 1)
-        resolved = printed[section][option]
-        assert (resolved["class_path"].endswith(f".{value}")) if isinstance(resolved, dict) else resolved == value
+        assert holds(printed[section][option], value), name
+
+
+def test_the_comparison_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read, and its last arm makes a configuration."""
+    text = (ROOT / "docs/compare.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (tmp_path / "mine.yaml").write_text(block)
+    monkeypatch.chdir(CONFIGS)
+    comparison = read(tmp_path / "mine.yaml")
+    arguments = arm_arguments(comparison, comparison.arms["grpo"])
+    printed = yaml.safe_load(succeed(CONFIGS, "fit", *arguments, "--print_config").out)
+    assert printed["model"]["sampling"]["temperature"] == 0.9
+    assert printed["model"]["loss"]["init_args"]["clip_high"] == 0.2
+    assert (printed["trainer"]["max_steps"], printed["trainer"]["callbacks"]) == (60, [])
+
+
+def test_the_documentation_lists_every_option() -> None:
+    text = (ROOT / "docs/compare.md").read_text()
+    assert [name for name in [*OPTIONS, *LAYER, "arms", "metric", "also"] if f"| `{name}` |" not in text] == []
 
 
 def test_there_are_comparisons() -> None:

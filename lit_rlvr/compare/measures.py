@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lit_rlvr.cli_errors import did_you_mean
 from lit_rlvr.compare.statistics import Better
@@ -16,7 +16,8 @@ from lit_rlvr.compare.statistics import Better
 REPORT, METRICS = "report.json", "metrics/metrics.csv"
 AFTER = "after RLVR"
 HIGHER, LOWER = ("mean_at_", "maj_at_", "pass_at_", "reward", "correct"), ("truncated",)
-KINDS = ("held_out", "last", "steps_to")
+Kind = Literal["held_out", "last", "steps_to"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 History = dict[str, dict[int, float]]
 """Value of each metric by optimiser step."""
@@ -44,7 +45,7 @@ class Measure:
         better: Which values are better; None: neither.
     """
 
-    kind: Literal["held_out", "last", "steps_to"]
+    kind: Kind
     metric: str
     threshold: float = math.nan
     window: int = 5
@@ -95,7 +96,8 @@ def read_measure(given: Any, where: str) -> Measure:
     for key in given:
         if key not in known:
             raise ValueError(f"{where} has no option {key!r}{did_you_mean(str(key), known)}")
-    kinds = [key for key in given if key in KINDS]
+    named = set(given)
+    kinds: list[Kind] = [kind for kind in KINDS if kind in named]
     if len(kinds) != 1:
         raise ValueError(f"{where} needs exactly one of {', '.join(KINDS)}")
     kind = kinds[0]
