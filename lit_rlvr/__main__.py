@@ -16,6 +16,7 @@ commands:
   doctor     is everything ready? checks the machine, and with --config the configuration, model, task and verifier
   warmup     supervised warm start on a task's demonstrations, kept in a cache
   serve      start a vLLM server to sample rollouts from
+  compare    runs arms and seeds from one file, and says in a table what the differences are worth
 
 lit-rlvr <command> --help lists a command's options; --print_config prints the configuration that they make.
 Several --config files are layered; options on the command line come last:
@@ -43,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         from lit_rlvr.engines.vllm_launch import main as serve
 
         return serve(arguments[1:])
+    if arguments[0] == "compare":
+        from lit_rlvr.compare.command import main as compare
+
+        return compare(arguments[1:])
     from lit_rlvr.cli import run
 
     return run(arguments)

@@ -77,7 +77,7 @@ def _command(message: str, keys: list[str], classes: list[str]) -> str | None:
     found = re.search(r"invalid choice: '([^']+)' \(choose from (.+)\)", message)
     if not found or "subcommand" not in message:
         return None
-    commands = re.findall(r"[\w-]+", found.group(2))
+    commands = [*re.findall(r"[\w-]+", found.group(2)), "compare"]  # which is not a command of the parser
     return (
         f"there is no command {found.group(1)!r}{did_you_mean(found.group(1), commands)} (lit-rlvr --help lists them)"
     )
