@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -77,6 +78,19 @@ class Template:
         return EncodedPrompt(prompt, tuple(tokens))
 
 
+def first_of_each(prompts: Sequence[Prompt], most: int | None) -> list[Prompt]:
+    """At most ``most`` prompts of each held-out set; None: all."""
+    if most is None:
+        return list(prompts)
+    seen: Counter[str | None] = Counter()
+    kept = []
+    for prompt in prompts:
+        seen[prompt.benchmark] += 1
+        if seen[prompt.benchmark] <= most:
+            kept.append(prompt)
+    return kept
+
+
 class PromptCursor:
     """Walks the training prompts in an order that is a pure function of (seed, epoch); its state is one integer."""
 
@@ -144,7 +158,7 @@ class RLVRDataModule(LightningDataModule):
         task: A task, or its short name: ``last_digit_arithmetic``, ``reasoning_gym:NAME``.
         template: How a question becomes the model's input.
         max_prompt_tokens: Longer prompts are left out, and counted in the log; null: no limit.
-        eval_prompts: Use this many prompts of a held-out split at most; null: all.
+        eval_prompts: Use this many prompts of a held-out split at most, or of each of its sets; null: all.
         eval_batch_prompts: Prompts per batch of an evaluation, over all ranks.
         verifier_workers: Processes that score answers, for tasks whose verifier is not trusted to be instant.
         verifier_timeout: Seconds that scoring one answer may take.
@@ -185,11 +199,15 @@ class RLVRDataModule(LightningDataModule):
         if split not in self._encoded:
             prompts = self.task.prompts(split)
             if split != "train":
-                prompts = prompts[: self.eval_prompts]
+                prompts = first_of_each(prompts, self.eval_prompts)
             self._encoded[split] = self._fitting(
                 [self.template.encode(p, self.module.tokenizer) for p in prompts], split
             )
         return self._encoded[split]
+
+    def benchmarks(self, split: Split) -> list[str]:
+        """Names of a split's held-out sets, in order; empty where it is one set without a name."""
+        return list(dict.fromkeys(e.prompt.benchmark for e in self.encoded(split) if e.prompt.benchmark is not None))
 
     def _fitting(self, encoded: Sequence[EncodedPrompt], split: Split) -> list[EncodedPrompt]:
         limit = self.max_prompt_tokens

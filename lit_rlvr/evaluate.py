@@ -34,7 +34,17 @@ class Evaluator(torch.nn.Module):
         self.evaluations = evaluations
         self.latest: dict[str, float] = {}
         self.latest_step = -1
+        self.benchmarks: list[str] = []
         self.metrics = torch.nn.ModuleDict({n: EvaluationMetrics(e.samples, e.pass_k) for n, e in evaluations.items()})
+
+    def prepare(self, benchmarks: list[str], device: torch.device) -> None:
+        """Have metrics for every way and held-out set; every rank calls it with the same sets."""
+        self.benchmarks = benchmarks
+        for way, evaluation in self.evaluations.items():
+            for benchmark in benchmarks:
+                if f"{way}/{benchmark}" not in self.metrics:
+                    metrics = EvaluationMetrics(evaluation.samples, evaluation.pass_k)
+                    self.metrics[f"{way}/{benchmark}"] = metrics.to(device)
 
     def update(self, module: RLVRModule, prompts: Sequence[EncodedPrompt]) -> None:
         """Evaluate this rank's ``prompts``, which may be none, in every way; every rank calls it."""
@@ -47,16 +57,32 @@ class Evaluator(torch.nn.Module):
             out = module.engine.generate(module.policy, module.tokenizer, tokens, uid, evaluation, module.seed)
             texts = decode(module.tokenizer, out)
             verdicts = module.data.verifier([p.prompt for p in prompts for _ in range(n)], texts)
-            metrics = self.metrics[name]
-            assert isinstance(metrics, EvaluationMetrics)
-            metrics.update(verdicts.scores, out)
+            for benchmark in self.benchmarks or [None]:
+                of_set = [i for i, p in enumerate(prompts) if p.prompt.benchmark == benchmark]
+                own = [i * n + s for i in of_set for s in range(n)]
+                metrics = self._metrics(name, benchmark)
+                metrics.update([verdicts.scores[i] for i in own], out.rows(torch.tensor(own, dtype=torch.int64)))
+
+    def _metrics(self, way: str, benchmark: str | None) -> EvaluationMetrics:
+        metrics = self.metrics[way if benchmark is None else f"{way}/{benchmark}"]
+        assert isinstance(metrics, EvaluationMetrics)
+        return metrics
 
     def finish(self, step: int) -> dict[str, float]:
-        """``<way>/<metric>`` over all ranks; kept as ``latest`` with its optimiser ``step``, and starts afresh."""
+        """``<way>/<metric>`` over all ranks; kept as ``latest`` with its optimiser ``step``, and starts afresh.
+
+        With several held-out sets, ``<way>/<set>/<metric>`` too, and ``<way>/<metric>`` is the mean over the sets.
+        """
         out: dict[str, float] = {}
-        for name, metrics in self.metrics.items():
-            assert isinstance(metrics, EvaluationMetrics)
-            out |= {f"{name}/{metric}": value for metric, value in metrics.compute().items()}
+        for way in self.evaluations:
+            if not self.benchmarks:
+                out |= {f"{way}/{metric}": value for metric, value in self._metrics(way, None).compute().items()}
+                continue
+            each = {benchmark: self._metrics(way, benchmark).compute() for benchmark in self.benchmarks}
+            for metric in dict.fromkeys(metric for values in each.values() for metric in values):
+                values = [of_set[metric] for of_set in each.values() if metric in of_set]
+                out[f"{way}/{metric}"] = sum(values) / len(values)
+            out |= {f"{way}/{b}/{metric}": value for b, values in each.items() for metric, value in values.items()}
         self.latest, self.latest_step = out, step
         return out
 
@@ -83,6 +109,7 @@ class EvaluationSteps(pl.LightningModule):
     def validation_step(self, batch: EvalTicket, batch_idx: int) -> None:
         module: Any = self
         prompts = module.data.encoded(batch.split)[batch.start : batch.stop]
+        self.evaluator.prepare(module.data.benchmarks(batch.split), module.device)
         self.evaluator.update(module, prompts[module.reduce.rank :: module.reduce.world_size])
 
     def on_validation_epoch_end(self) -> None:

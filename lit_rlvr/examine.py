@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from lit_rlvr import doctor
+from lit_rlvr.architectures import reach
 from lit_rlvr.checks import check_chain, check_trainer
 from lit_rlvr.credit import all_callbacks, credit_chain, describe_chain
 from lit_rlvr.data import RLVRDataModule
@@ -105,24 +106,8 @@ def readable_model(name: str) -> dict[str, str]:
         check_reader(file)
         return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     path = resolve_model(name)
-    if not Path(path).is_dir():
-        _reach(path)
+    reach(path)
     return {"pretrained_model_name_or_path": path}
-
-
-def _reach(name: str) -> None:
-    """Ask the hub once, where transformers would ask for half a minute."""
-    from huggingface_hub import model_info, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
-    try:
-        model_info(name, timeout=5)
-    except Exception as error:  # the hub's and the network's own kinds
-        raise ValueError(
-            f"there is no folder {name}, it is not in the hub's cache on this machine, and the hub does not give it: "
-            f"{str(error)[:200]}"
-        ) from error
 
 
 def model(report: Report, config: Any) -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 
-from lit_rlvr.credit import all_callbacks, credit_chain, describe_chain
+from lit_rlvr.architectures import model_config
+from lit_rlvr.credit import CreditCallback, all_callbacks, credit_chain, describe_chain
 from lit_rlvr.engines import InProcessEngine
 from lit_rlvr.memory import Memory, estimate
-from lit_rlvr.models import resolve_model
 from lit_rlvr.settings import Batch
+from lit_rlvr.tasks.readers import UnreachableError
 
-SHARDED = ("FSDPStrategy", "ModelParallelStrategy")
+SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "FSDP2Strategy")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,54 @@ class Cluster:
         return cls(each * int(trainer.get("num_nodes") or 1), name in SHARDED or name.startswith("fsdp"))
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known of model and problems here.
+
+    Args:
+        config: The policy's Hugging Face configuration.
+        critic: The value model's, or None where there is none.
+        problems: Number of training problems; None where they cannot be read here.
+        prompt: Longest training prompt in tokens, or the longest that would be used.
+        held_out: Number of validation problems, by set.
+        notes: What could not be had, in sentences.
+    """
+
+    config: Any
+    critic: Any
+    problems: int | None
+    prompt: int
+    held_out: dict[str | None, int]
+    notes: list[str]
+
+    @classmethod
+    def of(cls, module: Any, data: Any) -> Facts:
+        """Ask for everything once."""
+        config, there = model_config(module.model)
+        critic = None
+        if module.critic_settings is not None:
+            critic, _ = model_config(module.critic_settings.model or module.model)
+        notes = [] if there else [f"{module.model} is not within reach; its configuration is the one known here"]
+        try:
+            if not there:
+                raise UnreachableError("without its tokenizer")
+            lengths = [len(encoded.tokens) for encoded in data.encoded("train")]
+            held_out = Counter(encoded.prompt.benchmark for encoded in data.encoded("val"))
+        except UnreachableError as error:
+            prompt = data.max_prompt_tokens or 0
+            assumed = (
+                f"prompts count as {prompt} tokens" if prompt else "prompts are not counted, set max_prompt_tokens"
+            )
+            notes.append(f"the problems cannot be read here ({error}): their numbers are left out, {assumed}")
+            return cls(config, critic, None, prompt, {}, notes)
+        return cls(config, critic, len(lengths), max(lengths), dict(held_out), notes)
+
+    def width(self, module: Any) -> int:
+        """Longest prompt and response together, in tokens."""
+        longest: int = self.prompt + module.sampling.max_new_tokens
+        return longest
+
+
 def explain(module: Any, data: Any, trainer: Any, cluster: Cluster, asked: dict[str, Any]) -> None:
     """Print the explanation.
 
@@ -56,92 +105,156 @@ def explain(module: Any, data: Any, trainer: Any, cluster: Cluster, asked: dict[
     """
     out = Console(highlight=False, soft_wrap=True)
     chain = credit_chain(all_callbacks(trainer))
-    prompt = longest_prompt(module, data)
+    facts = Facts.of(module, data)
     for title, lines in (
-        ("Phase", phase_lines(module, data, asked, prompt)),
-        ("Devices", device_lines(module, cluster, prompt)),
-        ("Algorithm", [*algorithm_lines(module), describe_chain(chain)]),
-        ("Evaluation", evaluation_lines(module, data, asked)),
+        ("Not known here", facts.notes),
+        ("Phase", phase_lines(module, facts, asked)),
+        ("Devices", device_lines(module, cluster, facts)),
+        ("Algorithm", algorithm_lines(module)),
+        ("Credit", [describe_chain(chain), *chain_lines(module, chain)]),
+        ("Passes over a phase's rollouts", pass_lines(module, chain)),
+        ("Evaluation", evaluation_lines(module, facts, asked)),
     ):
-        out.print(f"[bold]{title}[/bold]")
+        if lines:
+            out.print(f"[bold]{title}[/bold]")
         for line in lines:
             out.print(f"  {line}", markup=False)
     out.print("[bold]Memory of one device[/bold]")
-    out.print(memory_table(memory_of(module, cluster, prompt)))
+    out.print(memory_table(memory_of(module, cluster, facts)))
 
 
-def longest_prompt(module: Any, data: Any) -> int:
-    """Longest training prompt in tokens, as far as the run would use it."""
-    lengths = [len(encoded.tokens) for encoded in data.encoded("train")]
-    return max(lengths)
-
-
-def phase_lines(module: Any, data: Any, asked: dict[str, Any], prompt: int) -> list[str]:
+def phase_lines(module: Any, facts: Facts, asked: dict[str, Any]) -> list[str]:
     """Prompts, responses, steps and tokens."""
-    batch, limit = module.batch, module.sampling.max_new_tokens
+    batch, limit, problems = module.batch, module.sampling.max_new_tokens, facts.problems
     rows, steps = batch.prompts * batch.responses, batch.steps_per_phase
-    each, problems = rows // batch.minibatches, len(data.encoded("train"))
+    each = rows // batch.minibatches
     lines = [
         f"{batch.prompts} prompts x {batch.responses} responses = {rows} rollouts of at most {limit} tokens per phase",
         f"{batch.epochs} pass(es) x {batch.minibatches} mini-batch(es) = {steps} optimiser step(s) per phase, each on "
         f"{batch.prompts // batch.minibatches} prompts x {batch.responses} responses = {each} rollouts",
-        f"{problems} training problems, longest prompt {prompt} tokens: {-(-problems // batch.prompts)} phases see "
-        "each once",
-        f"at most {rows * limit:,} response tokens per phase, {each * (limit + prompt):,} tokens with prompts per step",
+        f"at most {rows * limit:,} response tokens per phase, {each * facts.width(module):,} tokens with prompts per "
+        "step",
     ]
+    if problems is not None:
+        lines.append(
+            f"{problems} training problems, longest prompt {facts.prompt} tokens: {-(-problems // batch.prompts)} "
+            "phases see each once"
+        )
     if (most := asked.get("max_steps") or -1) > 0:
         phases = -(-most // steps)
-        lines.append(
-            f"max_steps {most} = {phases} phases, {phases * rows:,} rollouts, "
-            f"{phases * batch.prompts / problems:.2g} passes over the problems"
-        )
+        passes = "" if problems is None else f", {phases * batch.prompts / problems:.2g} passes over the problems"
+        lines.append(f"max_steps {most} = {phases} phases, {phases * rows:,} rollouts{passes}")
         if most % steps:
             lines.append(f"max_steps is no multiple of {steps}: the last phase's rollouts are not all used")
     if module.scheduler is not None:
-        lines.append(f"the learning-rate scheduler counts optimiser steps: {steps} per phase")
+        lines.append(scheduler_line(module, steps))
+    context = getattr(facts.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and facts.width(module) > context:
+        lines.append(f"prompt and response may take {facts.width(module)} tokens: the model's context is {context}")
     if module.dynamic_sampling is not None:
         most_rounds = module.dynamic_sampling.max_rounds
-        lines.append(f"groups that are all right or all wrong are dropped; up to {most_rounds} round(s) of sampling")
+        lines.append(
+            f"groups that are all right or all wrong are dropped and replaced in up to {most_rounds} round(s): 1x the "
+            f"rollouts where none is, 2x where every other one is, {most_rounds}x = {most_rounds * rows:,} at the most"
+        )
     return lines
 
 
-def device_lines(module: Any, cluster: Cluster, prompt: int) -> list[str]:
+def scheduler_line(module: Any, steps: int) -> str:
+    """What the learning rate does in optimiser steps, and in phases."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    scheduler = module.scheduler(module.optimizer([parameter]))
+    name = type(scheduler).__name__
+    line = f"the learning-rate scheduler {name} counts optimiser steps: {steps} per phase"
+    if (total := getattr(scheduler, "total_iters", None)) is not None:
+        line += f"; it ends after {total} steps = {total / steps:g} phases"
+    return line
+
+
+def device_lines(module: Any, cluster: Cluster, facts: Facts) -> list[str]:
     """What one device does."""
-    batch, width = module.batch, prompt + module.sampling.max_new_tokens
-    rows = own_rows(module, cluster)
-    fit = micro_rows(module, cluster, width)
+    batch, width = module.batch, facts.width(module)
+    rows, fit = own_rows(module, cluster), micro_rows(module, cluster, width)
     kind = "weights and optimizer state spread over them" if cluster.sharded else "each with a whole copy"
+    if batch.micro_rows is None:
+        holds = f"micro_tokens {batch.micro_tokens:,} holds {fit} of the longest ({width} tokens)"
+    else:
+        holds = f"micro_rows {batch.micro_rows} takes {fit} at a time, at most {fit * width:,} tokens"
     return [
         f"{cluster.devices} device(s), {kind}" if cluster.devices > 1 else "1 device",
-        f"each learns from {rows} rollouts per step; micro_tokens {batch.micro_tokens:,} holds {fit} of the longest "
-        f"({width} tokens), so at most {-(-rows // fit)} forward and backward pass(es) per step",
+        f"each learns from {rows} rollouts per step; {holds}, so at most {-(-rows // fit)} forward and backward "
+        "pass(es) per step",
     ]
 
 
 def algorithm_lines(module: Any) -> list[str]:
     """Every part of the algorithm that is on."""
-    names = ("advantage", "loss", "aggregation", "kl", "overlong", "dynamic_sampling")
-    lines = [f"{name}: {value!r}" for name in names if (value := getattr(module, name)) is not None]
-    old = (
-        "sampled with the rollouts" if module.engine.exact("32-true") and module.dtype_name != "bfloat16" else "scored"
-    )
-    return [*lines, f"engine: {type(module.engine).__name__}, old log-probabilities {old}"]
+    parts = {name: getattr(module, name) for name in ("advantage", "loss", "aggregation", "kl", "overlong")}
+    parts |= {"dynamic_sampling": module.dynamic_sampling, "critic": module.critic_settings}
+    return [f"{name}: {value!r}" for name, value in parts.items() if value is not None]
 
 
-def evaluation_lines(module: Any, data: Any, asked: dict[str, Any]) -> list[str]:
+def chain_lines(module: Any, chain: list[CreditCallback]) -> list[str]:
+    """On what each callback acts, and what that costs."""
+    return [f"{callback.state_key} ({', '.join(scope_words(module, callback))})" for callback in chain]
+
+
+def scope_words(module: Any, callback: CreditCallback) -> list[str]:
+    """Scope and cost of one callback.
+
+    A mini-batch is scored once more for the current policy, except in a phase's first step, where that is the old one;
+    on a micro-batch the current policy's view comes with the forward pass.
+    """
+    words = [callback.scope]
+    if callback.scope == "micro_batch":
+        words[0] += f" of {module.batch.micro_rows} responses"
+    if callback.reads_current and callback.scope == "mini_batch":
+        more = module.batch.steps_per_phase - 1
+        words.append(f"reads the current policy: +1 scoring pass in {more} of {more + 1} steps")
+    elif callback.reads_current:
+        words.append("reads the current policy: no pass of its own")
+    if type(callback).penalty is not CreditCallback.penalty:
+        words.append("adds to the loss of every response token")
+    if type(callback).shape_rewards is not CreditCallback.shape_rewards:
+        words.append("shapes rewards")
+    return words
+
+
+def pass_lines(module: Any, chain: list[CreditCallback]) -> list[str]:
+    """Forward passes beside generation and learning."""
+    read_before = bool(chain) or (module.kl is not None and module.kl.where == "reward")
+    if module.engine.exact("32-true") and module.dtype_name != "bfloat16":
+        old = "sampled with the rollouts"
+    elif module.batch.steps_per_phase == 1 and not read_before:
+        old = "those of the learning pass"
+    else:
+        old = "+1 scoring pass"
+    lines = [f"old log-probabilities: {old} (engine: {type(module.engine).__name__})"]
+    if module.kl is not None:
+        lines.append("reference: +1 scoring pass")
+    if module.critic_settings is not None:
+        epochs = module.batch.epochs
+        lines.append(f"critic: +1 pass for values, and +1 forward and backward pass in each of {epochs} epoch(s)")
+    return lines
+
+
+def evaluation_lines(module: Any, facts: Facts, asked: dict[str, Any]) -> list[str]:
     """What is evaluated, and when."""
-    problems = len(data.encoded("val"))
+    total = f"{sum(facts.held_out.values())} problems" if facts.held_out else "each held-out problem"
     lines = [
-        f"{name}: {e.samples} response(s) to {problems} problems, temperature {e.temperature:g}"
+        f"{name}: {e.samples} response(s) to {total}, temperature {e.temperature:g}"
+        + (f", top-p {e.top_p:g}" if e.top_p < 1 else "")
         for name, e in module.evaluator.evaluations.items()
     ]
+    if sets := [f"{name} {number}" for name, number in facts.held_out.items() if name is not None]:
+        lines.append(f"reported for each set and as their mean: {', '.join(sets)}")
     interval = asked.get("val_check_interval")
     return [*lines, f"before and after training, and every {interval} optimiser steps"]
 
 
 def micro_rows(module: Any, cluster: Cluster, width: int) -> int:
     """Rows of full length in a micro-batch, never more than the device has."""
-    most: int = module.batch.micro_tokens // width
+    most: int = module.batch.micro_rows or module.batch.micro_tokens // width
     return max(1, min(most, own_rows(module, cluster)))
 
 
@@ -151,14 +264,14 @@ def own_rows(module: Any, cluster: Cluster) -> int:
     return -(-batch.prompts * batch.responses // (batch.minibatches * cluster.devices))
 
 
-def memory_of(module: Any, cluster: Cluster, prompt: int) -> Memory:
+def memory_of(module: Any, cluster: Cluster, facts: Facts) -> Memory:
     """Estimate one device's memory."""
-    width = prompt + module.sampling.max_new_tokens
+    width = facts.width(module)
     own = -(-module.batch.prompts * module.batch.responses // cluster.devices)
     most = module.engine.max_rows if isinstance(module.engine, InProcessEngine) else 0
     probe = module.optimizer([torch.nn.Parameter(torch.zeros(1))])
     return estimate(
-        AutoConfig.from_pretrained(resolve_model(module.model)),
+        facts.config,
         dtype=module.dtype_name,
         micro_rows=micro_rows(module, cluster, width),
         width=width,
@@ -167,6 +280,7 @@ def memory_of(module: Any, cluster: Cluster, prompt: int) -> Memory:
         reference=module.kl is not None,
         gradient_checkpointing=module.gradient_checkpointing,
         parameters_on_device=1 / cluster.devices if cluster.sharded else 1.0,
+        critic=facts.critic,
     )
 
 

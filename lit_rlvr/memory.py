@@ -6,6 +6,7 @@ architecture, gradient checkpointing and attention kernel; the rest is arithmeti
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,6 +19,9 @@ from lit_rlvr.policy import DTYPES
 
 STATES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1, "SGD": 0}
 """Tensors that an optimizer keeps per parameter; SGD with momentum keeps one."""
+
+ALIKE = ("qwen2", "qwen3")
+"""Kinds of models with a list of layer types, in which layers of one type are equal."""
 
 LOGIT_COPIES = 4
 """Float32 [rows, vocabulary] tensors alive at once: in the head's chunk, and when a token is drawn."""
@@ -35,6 +39,8 @@ class Memory:
         activations: What the largest micro-batch keeps for its backward pass.
         head: Logits of one chunk and the head's gradient in float32.
         cache: Keys and values of the rollout, and the logits of one decoding step.
+        critic: The value model and its optimizer's state.
+        critic_step: Its gradients, and the activations of its own micro-batch: the policy's last is still there.
     """
 
     weights: int
@@ -44,6 +50,8 @@ class Memory:
     activations: int
     head: int
     cache: int
+    critic: int = 0
+    critic_step: int = 0
 
     @property
     def training(self) -> int:
@@ -54,7 +62,7 @@ class Memory:
     @property
     def rollout(self) -> int:
         """Peak of generation: gradients are freed before it."""
-        return self.weights + self.reference + self.optimizer + self.cache
+        return self.weights + self.reference + self.optimizer + self.critic + self.cache
 
     @property
     def peak(self) -> int:
@@ -74,6 +82,7 @@ def estimate(
     reference: bool = False,
     gradient_checkpointing: bool = False,
     parameters_on_device: float = 1.0,
+    critic: Any = None,
 ) -> Memory:
     """Estimate the memory of one device.
 
@@ -89,13 +98,17 @@ def estimate(
         gradient_checkpointing: Whether activations are recomputed.
         parameters_on_device: Share of weights, gradients and optimizer state that one device holds (1 over the number
             of devices for a sharded strategy).
+        critic: The value model's configuration; null: there is none.
     """
     text, size = config.get_text_config(), DTYPES[dtype].itemsize
-    activations, parameters = _on_fake_tensors(config, dtype, micro_rows, width, False)
-    if gradient_checkpointing:
-        # What is kept between layers, and one layer's activations while it is recomputed.
-        one_layer = activations // text.num_hidden_layers
-        activations = one_layer + _on_fake_tensors(config, dtype, micro_rows, width, True)[0]
+    activations, parameters = _counted(config, dtype, micro_rows, width, gradient_checkpointing)
+    states, values, value_activations = STATES.get(optimizer, 2), 0, 0
+    if critic is not None:
+        value_activations, body = _counted(critic, dtype, micro_rows, width, gradient_checkpointing)
+        of_critic = critic.get_text_config()
+        if not critic.tie_word_embeddings:  # one output per token takes the place of the vocabulary
+            body -= of_critic.vocab_size * of_critic.hidden_size
+        values = int(body * size * parameters_on_device)
     held = int(parameters * size * parameters_on_device)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -105,11 +118,36 @@ def estimate(
         weights=held,
         reference=held if reference else 0,
         gradients=held,
-        optimizer=STATES.get(optimizer, 2) * held,
+        optimizer=states * held,
         activations=activations,
         head=min(head_rows, micro_rows * width) * logits + 4 * text.vocab_size * text.hidden_size,
         cache=rollout_rows * (width * per_token + logits),
+        critic=(1 + states) * values,
+        critic_step=values + value_activations,
     )
+
+
+def _counted(config: Any, dtype: str, rows: int, width: int, checkpointing: bool) -> tuple[int, int]:
+    """Bytes that a micro-batch keeps for its backward pass, recomputation included, and the number of parameters."""
+    activations, parameters = _of_layers(config, dtype, rows, width, False)
+    if checkpointing:
+        # What is kept between layers, and one layer's activations while it is recomputed.
+        one_layer = activations // config.get_text_config().num_hidden_layers
+        activations = one_layer + _of_layers(config, dtype, rows, width, True)[0]
+    return activations, parameters
+
+
+def _of_layers(config: Any, dtype: str, rows: int, width: int, checkpointing: bool) -> tuple[int, int]:
+    """As :func:`_on_fake_tensors`; where all layers are alike, one and two of them tell what each adds."""
+    layers = config.get_text_config().num_hidden_layers
+    if config.model_type not in ALIKE or len(set(config.layer_types)) > 1:
+        return _on_fake_tensors(config, dtype, rows, width, checkpointing)
+    shallow = [copy.deepcopy(config) for _ in range(2)]
+    for number, cut in enumerate(shallow, 1):
+        cut.num_hidden_layers, cut.layer_types = number, config.layer_types[:number]
+    one, two = (_on_fake_tensors(cut, dtype, rows, width, checkpointing) for cut in shallow)
+    activations, parameters = (a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True))
+    return activations, parameters
 
 
 def _on_fake_tensors(config: Any, dtype: str, rows: int, width: int, checkpointing: bool) -> tuple[int, int]:

@@ -60,13 +60,18 @@ class Report(Callback):
 
 
 def closing_table(rows: dict[str, dict[str, float]]) -> Table:
-    """A table with one row per evaluated policy: accuracies, then entropy and length of the first evaluation."""
+    """A table with one row per evaluated policy: accuracies, then entropy and length of the first evaluation.
+
+    Of held-out sets it shows the mean accuracy alone.
+    """
     table = Table(title="held-out problems", title_justify="left")
     table.add_column("policy")
     metrics = {name: None for row in rows.values() for name in row}
     ways = list(dict.fromkeys(name.split("/")[0] for name in metrics))
-    shown = [n for n in metrics if n.split("/")[1].startswith(("mean_at", "maj_at"))]
-    shown += [n for n in metrics if "pass_at" in n and not n.endswith("pass_at_1")]
+    over_all = [n for n in metrics if n.count("/") == 1]
+    shown = [n for n in over_all if n.split("/")[1].startswith(("mean_at", "maj_at"))]
+    shown += [n for n in over_all if "pass_at" in n and not n.endswith("pass_at_1")]
+    shown += [n for n in metrics if n not in over_all and "/mean_at" in n]
     shown += [f"{ways[0]}/{n}" for n in ("entropy", "length", "truncated")]
     for name in shown:
         table.add_column(name.replace("/", "\n").replace("_at_", "@"), justify="right")

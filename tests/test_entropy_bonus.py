@@ -17,7 +17,7 @@ from torch import Tensor
 from trl_source import trl_function
 
 from lit_rlvr.credit import CreditContext, penalties
-from lit_rlvr.schedule import ByStage, Ramp
+from lit_rlvr.schedule import Schedule
 from lit_rlvr.types import Tokens
 
 
@@ -51,15 +51,15 @@ def test_a_constant_coefficient() -> None:
 
 def test_a_schedule_by_phase_and_by_stage() -> None:
     """The stage is known when the loss is taken, though not yet when the rollout is observed."""
-    callback = EntropyBonus(Ramp("linear", 1.0, 0.0, 4))
+    callback = EntropyBonus(Schedule("linear", 1.0, 0.0, 4))
     assert run(callback, [0.5] * 6) == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-    by_stage = EntropyBonus(ByStage(rising=0.1, plateau=0.2))
+    by_stage = EntropyBonus(Schedule(rising=0.1, plateau=0.2))
     tokens = Tokens(*(torch.ones(1).double() for _ in range(4)))
     assert [float(penalties([by_stage], tokens, CreditContext(stage=s))) for s in ("rising", "plateau")] == [-0.1, -0.2]
     with pytest.raises(ValueError, match="either scheduled or adapted to a target, not both"):
-        EntropyBonus(Ramp("linear", 1.0, 0.0, 4), target=0.2)
+        EntropyBonus(Schedule("linear", 1.0, 0.0, 4), target=0.2)
     with pytest.raises(ValueError, match="coefficient and delta must be >= 0"):
-        EntropyBonus(Ramp("linear", 1.0, -0.5, 4))
+        EntropyBonus(Schedule("linear", 1.0, -0.5, 4))
 
 
 def test_the_controller_by_hand() -> None:

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from lit_rlvr.credit import CreditCallback, CreditContext, assign_credit
 from lit_rlvr.kl import KLPenalty
-from lit_rlvr.schedule import Ramp
+from lit_rlvr.schedule import Schedule
 from lit_rlvr.shaping import DynamicSampling
 from lit_rlvr.types import Credit, Current, RolloutBatch
 
@@ -50,12 +50,12 @@ def test_a_scheduled_alpha_is_logged(make: Any) -> None:
     """Half way between 0 and .4 it is .2; and no end of a schedule may be negative."""
     rollout = build_rollout([[1.0]])
     ctx = CreditContext(step=5)
-    callback, fixed = make(Ramp("linear", 0.0, 0.4, 10)), make(0.2)
+    callback, fixed = make(Schedule("linear", 0.0, 0.4, 10)), make(0.2)
     one, other = (assign_credit([c], rollout, full_credit(rollout, [4.0]), ctx) for c in (callback, fixed))
     assert torch.equal(one.advantage, other.advantage)
     assert ctx.metrics[f"credit/{callback.name}/alpha"] == pytest.approx(0.2)
     with pytest.raises(ValueError, match=f"{callback.name}"):
-        make(Ramp("linear", 0.1, -0.1, 10))
+        make(Schedule("linear", 0.1, -0.1, 10))
 
 
 def test_zero_variance_by_hand() -> None:

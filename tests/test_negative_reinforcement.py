@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from lit_rlvr.advantages import BatchNormalized, GroupCentred, GroupNormalized, LeaveOneOut, Raw
 from lit_rlvr.credit import CreditCallback, CreditContext, assign_credit, observe, shape_rewards
-from lit_rlvr.schedule import Ramp
+from lit_rlvr.schedule import Schedule
 from lit_rlvr.shaping import DynamicSampling
 from lit_rlvr.types import Credit, RolloutBatch
 
@@ -92,7 +92,7 @@ def test_sides_by_hand() -> None:
 def test_scheduled_sides() -> None:
     """The positive side comes in over ten phases; its factor is logged."""
     rollout = build_rollout([[0.5], [0.5]])
-    callback = PositiveNegative(Ramp("linear", 0.0, 1.0, 10))
+    callback = PositiveNegative(Schedule("linear", 0.0, 1.0, 10))
     for step, factor in ((0, 0.0), (5, 0.5), (10, 1.0)):
         ctx = CreditContext(step=step)
         after = assign_credit([callback], rollout, full_credit(rollout, [1.0, -1.0]), ctx)

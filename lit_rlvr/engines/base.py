@@ -70,6 +70,14 @@ class Generation:
     entropies: Tensor | None
     truncated: Tensor
 
+    def rows(self, index: Tensor) -> Generation:
+        """The rows that ``index`` [n] names, in its order."""
+        entropies = None if self.entropies is None else self.entropies[index.to(self.entropies.device)]
+        ids, mask, logprobs, truncated = (
+            tensor[index.to(tensor.device)] for tensor in (self.ids, self.mask, self.logprobs, self.truncated)
+        )
+        return Generation(ids, mask, logprobs, entropies, truncated)
+
 
 class Engine(ABC):
     """Something that samples responses from the current policy.

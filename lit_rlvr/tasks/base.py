@@ -20,12 +20,14 @@ class Prompt:
         question: The problem as plain text; the data module's template turns it into the model's input.
         answer: The reference answer, or ``None`` where the verifier needs none.
         meta: Whatever else the task's verifier needs.
+        benchmark: The held-out set that it belongs to, where there are several; evaluations report each apart.
     """
 
     index: int
     question: str
     answer: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    benchmark: str | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 from lit_rlvr.places import Place, did_you_mean, existing_file
 from lit_rlvr.rewards import Judgement, Reward
 from lit_rlvr.tasks.base import Prompt, Score, Split, Task
+from lit_rlvr.tasks.columns import ProblemSet, cell, check_columns, check_text, plain_answer
 from lit_rlvr.tasks.readers import HUB, READERS, Row, read_rows, reader_of
 
 log = logging.getLogger(__name__)
@@ -35,9 +36,12 @@ class ProblemFiles(Task):
     Args:
         train: File or dataset of training problems.
         rewards: Rewards by name; learning maximises the sum of weight times reward, and each is logged apart.
-        val: Validation problems; null: a share of ``train`` is held out.
-        test: Test problems; null: there are none.
-        question: Column of the question.
+        val: Validation problems, or several sets of them by name, each of which is reported apart and in their mean;
+            null: a share of ``train`` is held out.
+        test: Test problems, or several sets of them; null: there are none.
+        question: Column of the question. Dots reach into nested columns, as in ``prompt.0.content``.
+        question_pattern: Regular expression that finds the question in its column of ``train``, as its first group,
+            where that holds a whole prompt; null: the column is the question.
         answer: Column of the reference answer; null: the rewards need none.
         solution: Column of a response to imitate in a warm start; null: there is none.
         meta: Columns that rewards may look at, in ``Prompt.meta``.
@@ -53,9 +57,10 @@ class ProblemFiles(Task):
 
     train: Place
     rewards: Mapping[str, Reward]
-    val: Place | None = None
-    test: Place | None = None
+    val: Place | Mapping[str, ProblemSet] | None = None
+    test: Place | Mapping[str, ProblemSet] | None = None
     question: str = "question"
+    question_pattern: str | None = None
     answer: str | None = "answer"
     solution: str | None = None
     meta: list[str] = field(default_factory=list)
@@ -70,13 +75,21 @@ class ProblemFiles(Task):
 
     def __post_init__(self) -> None:
         check_rewards(self.rewards, self.outcome, self.answer)
+        check_pattern(self.question_pattern)
+        places = [self.train]
+        for sets in (self.val, self.test):
+            if isinstance(sets, Mapping):
+                check_sets(sets)
+                places += [one.path for one in sets.values()]
+            elif sets is not None:
+                places.append(sets)
         if not 0 <= self.val_share < 1:
             raise ValueError(f"ProblemFiles.val_share must be at least 0 and below 1, got {self.val_share}")
         if SOURCE in (*self.meta, self.solution):
             raise ValueError(f"the column name {SOURCE!r} is taken: Prompt.meta[{SOURCE!r}] is a row's file and line")
         object.__setattr__(self, "isolated", any(reward.isolated for reward in self.rewards.values()))
         object.__setattr__(self, "reward_names", tuple(self.rewards))
-        object.__setattr__(self, "digest", digest([p for p in (self.train, self.val, self.test) if p is not None]))
+        object.__setattr__(self, "digest", digest(places))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the problems: each comes with its answer to the process that judges it."""
@@ -92,6 +105,8 @@ class ProblemFiles(Task):
             place = {"train": self.train, "val": self.val, "test": self.test}[split]
             if split != "test" and self.val is None and self.val_share:
                 self._read.update(self._hold_out(self._load(self.train, "train")))
+            elif isinstance(place, Mapping):
+                self._read[split] = self._load_sets(place, split)
             elif place is not None:
                 self._read[split] = self._load(place, split)
             else:
@@ -132,6 +147,17 @@ class ProblemFiles(Task):
                 )
         return sides
 
+    def _load_sets(self, sets: Mapping[str, ProblemSet], split: Split) -> list[Prompt]:
+        """The problems of several sets, one after the other."""
+        prompts = list[Prompt]()
+        for name, one in sets.items():
+            own = replace(
+                self, train=one.path, val=None, test=None, question=one.question or self.question,
+                answer=one.answer or self.answer, question_pattern=None,
+            )  # fmt: skip
+            prompts += [replace(p, index=len(prompts) + p.index, benchmark=name) for p in own._load(one.path, split)]
+        return prompts
+
     def _load(self, place: str, split: Split) -> list[Prompt]:
         """The problems of one file; rows that cannot be used are left out and named."""
         solution = [self.solution] if self.solution is not None and split == "train" else []
@@ -141,7 +167,7 @@ class ProblemFiles(Task):
             rows += 1
             known |= dict.fromkeys(row.values)
             try:
-                prompts.append(self._prompt(row, columns, solution, len(prompts)))
+                prompts.append(self._prompt(row, columns, solution, split, len(prompts)))
             except ValueError as error:
                 left_out.append(f"{row.source}: {error}")
         if known:
@@ -153,38 +179,22 @@ class ProblemFiles(Task):
             log.warning("%d of %d rows of %s are left out: %s", len(left_out), rows, place, named)
         return prompts
 
-    def _prompt(self, row: Row, columns: list[str], solution: list[str], index: int) -> Prompt:
+    def _prompt(self, row: Row, columns: list[str], solution: list[str], split: Split, index: int) -> Prompt:
         """The problem of a row; raises ValueError with what is wrong with it."""
         if row.problem is not None:
             raise ValueError(row.problem)
-        for column in columns:
-            if column not in row.values:
-                raise ValueError(f"no column {column!r}")
+        cells = {column: cell(row.values, column) for column in columns}
         for column in (self.question, *solution):
-            check_text(column, row.values[column])
-        answer = None if self.answer is None else plain_answer(self.answer, row.values[self.answer])
-        meta = {column: row.values[column] for column in (*self.meta, *solution)}
-        return Prompt(index, row.values[self.question], answer, {**meta, SOURCE: row.source})
-
-
-def check_text(column: str, value: Any, expected: str = "text") -> None:
-    """Refuse what is not text, or blank."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise ValueError(f"column {column!r} is empty")
-    if not isinstance(value, str):
-        raise ValueError(f"column {column!r} is of type {type(value).__name__}, expected {expected}")
-
-
-def plain_answer(column: str, value: Any) -> str:
-    """A reference answer as text; numbers are taken as they are written.
-
-    >>> plain_answer("answer", 19), plain_answer("answer", " 1/2 ")
-    ('19', ' 1/2 ')
-    """
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)
-    check_text(column, value, "text or a finite number")
-    return str(value)
+            check_text(column, cells[column])
+        question = str(cells[self.question])
+        if self.question_pattern is not None and split == "train":
+            found = re.search(self.question_pattern, question, re.DOTALL)
+            if found is None or not found[1].strip():
+                raise ValueError(f"question_pattern finds nothing in column {self.question!r}")
+            question = found[1]
+        answer = None if self.answer is None else plain_answer(self.answer, cells[self.answer])
+        meta = {column: cells[column] for column in (*self.meta, *solution)}
+        return Prompt(index, question, answer, {**meta, SOURCE: row.source})
 
 
 def held_out(question: str, seed: int, share: float) -> bool:
@@ -206,13 +216,25 @@ def digest(places: Iterable[str]) -> str:
     return total.hexdigest()[:16]
 
 
-def check_columns(place: str, columns: list[str], known: Iterable[str]) -> None:
-    """Refuse a column that no row has."""
-    known = list(known)
-    for column in columns:
-        if column not in known:
-            hint = did_you_mean(column, known) or f"; it has {', '.join(map(repr, known[:12]))}"
-            raise ValueError(f"{place} has no column {column!r}{hint}")
+def check_sets(sets: Mapping[str, ProblemSet]) -> None:
+    """Refuse held-out sets that metrics cannot be named after."""
+    if not sets:
+        raise ValueError("ProblemFiles has held-out sets, but none is named; name one, or leave it null")
+    for name in sets:
+        if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            raise ValueError(f"the held-out set {name!r} has more than letters, digits, _ and - in its name")
+
+
+def check_pattern(pattern: str | None) -> None:
+    """Refuse a pattern that cannot find a question."""
+    if pattern is None:
+        return
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"ProblemFiles.question_pattern is no regular expression: {error}") from error
+    if groups < 1:
+        raise ValueError("ProblemFiles.question_pattern needs a group, in brackets, for the question")
 
 
 def check_rewards(rewards: Mapping[str, Reward], outcome: str | None, answer: str | None) -> None:

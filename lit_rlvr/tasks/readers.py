@@ -16,6 +16,10 @@ HUB = "hf:"
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
 
+class UnreachableError(ValueError):
+    """A dataset of the hub that cannot be had here and now."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a file.
@@ -39,7 +43,8 @@ def read_rows(place: str, split: str) -> Iterator[Row]:
         split: What it is read for; names the dataset's split where ``place`` does not.
 
     Raises:
-        ValueError: When there is no such file or dataset, or it cannot be read at all.
+        ValueError: When there is no such file, or it cannot be read at all.
+        UnreachableError: When a dataset cannot be loaded from the hub or its cache.
     """
     if place.startswith(HUB):
         yield from _read_hub(place, split)
@@ -170,7 +175,7 @@ def _read_hub(place: str, split: str) -> Iterator[Row]:
         rows = load_dataset(name, config or None, split=asked)
     except Exception as error:  # the hub's, the network's and the file formats' own kinds
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"cannot load {place} (split {asked}): {type(error).__name__}: {reason}") from error
+        raise UnreachableError(f"cannot load {place} (split {asked}): {type(error).__name__}: {reason}") from error
     for number, values in enumerate(rows, 1):
         yield Row(f"{HUB}{address}@{asked}:{number}", dict(values))
 
