@@ -130,9 +130,10 @@ def algorithm_lines(module: Any) -> list[str]:
 
 def evaluation_lines(module: Any, data: Any, asked: dict[str, Any]) -> list[str]:
     """What is evaluated, and when."""
-    problems = len(data.encoded("val"))
+    problems, limit = len(data.encoded("val")), module.sampling.max_new_tokens
     lines = [
-        f"{name}: {e.samples} response(s) to {problems} problems, temperature {e.temperature:g}"
+        f"{name}: {e.samples} response(s) of at most {e.sampling(limit).max_new_tokens} tokens to {problems} problems, "
+        f"temperature {e.temperature:g}"
         for name, e in module.evaluator.evaluations.items()
     ]
     interval = asked.get("val_check_interval")
