@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lit_rlvr.near import did_you_mean
 
 if TYPE_CHECKING:
     from lit_rlvr.module import RLVRModule
@@ -92,3 +98,42 @@ def check_chain(module: RLVRModule) -> None:
         )
     for callback in module.chain:
         callback.check(module)
+
+
+def check_trainer_options(options: dict[str, Any], found_here: bool = True) -> None:
+    """Refuse Trainer options that Lightning would take for something else, or name the option that it complains about.
+
+    Args:
+        options: The ``trainer`` section of a configuration.
+        found_here: Whether the devices must be on this machine.
+
+    Raises:
+        ValueError: Saying what to change.
+    """
+    for name, known in (("strategy", StrategyRegistry), ("accelerator", AcceleratorRegistry)):
+        names = ["auto", *(["gpu"] if name == "accelerator" else []), *known]
+        if isinstance(options.get(name), str) and options[name] not in names:
+            hint = did_you_mean(options[name], names) or f"; there are {', '.join(names)}"
+            raise ValueError(f"there is no trainer.{name} {options[name]!r}{hint}")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there["gpu"] = any(there.values())
+    if found_here and not there.get(str(options.get("accelerator")), True):
+        raise ValueError(
+            f"trainer.accelerator is {options['accelerator']}, but torch finds none here; --trainer.accelerator=cpu "
+            "does without, and lit-rlvr doctor lists the devices"
+        )
+    if (devices := options.get("devices", "auto")) != "auto" and not _are_devices(devices):
+        raise ValueError(f"trainer.devices must be auto, a number from 1, or a list of device numbers, got {devices!r}")
+    clip = options.get("gradient_clip_val")
+    if clip is not None and clip < 0:
+        raise ValueError(f"trainer.gradient_clip_val must be above 0, or null for no clipping, got {clip}")
+    root = Path(options.get("default_root_dir") or ".")
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"trainer.default_root_dir is {root}, which is a file; a run needs a folder")
+
+
+def _are_devices(devices: Any) -> bool:
+    numbers = devices if isinstance(devices, list) else str(devices).strip("[] ,").split(",")
+    if not all(str(number).strip().isdigit() for number in numbers):
+        return str(devices) == "-1"
+    return bool(numbers) and (len(numbers) > 1 or isinstance(devices, list) or int(numbers[0]) > 0)

@@ -15,7 +15,7 @@ quiet_libraries()
 
 import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
-from jsonargparse import set_parsing_settings  # noqa: E402
+from jsonargparse import Namespace, set_parsing_settings  # noqa: E402
 from jsonargparse.typing import lazy_instance  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
@@ -29,8 +29,9 @@ from torch.optim.lr_scheduler import LRScheduler  # noqa: E402
 from lit_rlvr.advantages import Advantage  # noqa: E402
 from lit_rlvr.aggregation import Aggregation  # noqa: E402
 from lit_rlvr.checkpoint import PhaseCheckpoint  # noqa: E402
-from lit_rlvr.checks import check_chain, check_trainer  # noqa: E402
+from lit_rlvr.checks import check_chain, check_trainer, check_trainer_options  # noqa: E402
 from lit_rlvr.cli_errors import class_names, clear, interpolation, missing_file, option_keys  # noqa: E402
+from lit_rlvr.config_files import MODE, check_file, keep_comments_as_text  # noqa: E402
 from lit_rlvr.credit import all_callbacks, credit_chain  # noqa: E402
 from lit_rlvr.data import RLVRDataModule  # noqa: E402
 from lit_rlvr.engines import Engine  # noqa: E402
@@ -38,6 +39,7 @@ from lit_rlvr.explain import Cluster, explain  # noqa: E402
 from lit_rlvr.gae import GAE as GAE  # noqa: E402  # imported so that YAML may use its short name
 from lit_rlvr.losses import PolicyLoss  # noqa: E402
 from lit_rlvr.module import RLVRModule  # noqa: E402
+from lit_rlvr.nulls import nulls  # noqa: E402
 from lit_rlvr.progress import RLVRProgress  # noqa: E402
 from lit_rlvr.report import Report  # noqa: E402
 from lit_rlvr.rewards import Reward  # noqa: E402
@@ -81,6 +83,11 @@ NAMEABLE = (
 
 class Parser(LightningArgumentParser):
     """Lightning's parser, with errors in a sentence."""
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Read a configuration file, unless something is wrong with it."""
+        check_file(str(path), option_keys(self))
+        return super().parse_path(path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if os.environ.get("LIT_RLVR_DEBUG") or not self.exit_on_error:
@@ -136,7 +143,16 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: YAML and command line stand above what a checkpoint remembers."""
 
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything must lie between 0 and {2**32 - 1}, got {seed}")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
+        for name, cls in (("model", RLVRModule), ("data", RLVRDataModule), ("trainer", pl.Trainer)):
+            for null in nulls(cls, self._get(self.config, name), name):
+                raise ValueError(f"{null} cannot be null; leave it out for the default")
         set_up_logging(quiet=self._get(self.config, "quiet"))
         if (threads := self._get(self.config, "threads")) is not None:
             if threads < 1:
@@ -144,6 +160,7 @@ class CLI(LightningCLI):
             torch.set_num_threads(threads)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
+        check_trainer_options(config, found_here=self.subcommand not in ("explain", "doctor"))
         if self.subcommand in ("explain", "doctor"):  # the machine that explains a run need not be the one that runs it
             self._asked = dict(config)
             config = {**config, "accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1, "logger": False}
@@ -174,7 +191,7 @@ class CLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path is not None and not Path(path).exists():
             raise ValueError(missing_file(Path(path)))
-        if path is not None and Path(path).is_file() and not zipfile.is_zipfile(path):
+        if path is not None and not (zipfile.is_zipfile(path) or (Path(path) / "meta.pt").is_file()):
             raise ValueError(f"{path} is no checkpoint of a run, or is cut short")
         if (folder := self._warm_start()) is not None:
             self.model.start_from(folder)
@@ -238,7 +255,8 @@ def run(arguments: list[str]) -> int:
     sys.path.insert(0, os.getcwd())  # modules in the current folder can be imported, also by verifier processes
     load_callbacks()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    usage = {name: {"parser_mode": "omegaconf+", "usage": f"lit-rlvr {name} [options]"} for name in CLI.subcommands()}
+    keep_comments_as_text()
+    usage = {name: {"parser_mode": MODE, "usage": f"lit-rlvr {name} [options]"} for name in CLI.subcommands()}
     sys.argv = [sys.argv[0], *arguments]  # what Lightning's launchers start other ranks with
     try:
         CLI(
@@ -248,7 +266,12 @@ def run(arguments: list[str]) -> int:
             trainer_class=RLVRTrainer,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
-            parser_kwargs={"parser_mode": "omegaconf+", "usage": "lit-rlvr <command> [options]", **usage},
+            parser_kwargs={
+                "parser_mode": MODE,
+                "allow_abbrev": False,
+                "usage": "lit-rlvr <command> [options]",
+                **usage,
+            },
             auto_configure_optimizers=False,
             parser_class=Parser,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Iterable
@@ -10,18 +9,23 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lit_rlvr.config_files import ENTRY
+from lit_rlvr.near import did_you_mean, nearest
+
 LONGEST = 12
 """Most lines of an error."""
 
 
-def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """``; did you mean X?`` for the nearest known word, or nothing.
-
-    >>> did_you_mean("roh", ["rho", "select"])
-    '; did you mean rho?'
-    """
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]}?" if near else ""
+CHATTER = re.compile(
+    r"^\s*(?:- a (?:class path|dict) .*|Subclass types expect one of:|- Expected a path but .*)\n?", re.MULTILINE
+)
+"""Lines of the parser's that tell a user nothing."""
+TENSOR = re.compile(r"(Subtypes: \[<class 'float'>), <class 'torch\.Tensor'>(\]\n.*\n.*\n)\s*- Expected a dot .*\n")
+"""Learning rates may be tensors, which nobody writes into a file."""
+WORDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null",
+    "list": "a list", "dict": "options by name", "collections.abc.Mapping": "options by name",
+}  # fmt: skip
 
 
 def clear(message: str, keys: list[str], classes: list[str]) -> str:
@@ -32,19 +36,11 @@ def clear(message: str, keys: list[str], classes: list[str]) -> str:
         keys: Every option of the command, dotted.
         classes: Every class that YAML may name.
     """
+    message = TENSOR.sub(r"\1\2", CHATTER.sub("", message))
     for rule in (
-        _missing,
-        _yaml,
-        _command,
-        _option,
-        _own_words,
-        _class_option,
-        _choice,
-        _schedule,
-        _class,
-        _type,
-        _file,
-    ):
+        _missing, _yaml, _command, _option, _value, _section, _own_words, _class_option, _short_task, _settings,
+        _choice, _schedule, _class, _type, _union, _file,
+    ):  # fmt: skip
         if sentence := rule(message, keys, classes):
             return sentence
     lines = [line for line in message.splitlines() if line.strip() and "Subtypes:" not in line]
@@ -61,6 +57,9 @@ def _missing(message: str, keys: list[str], classes: list[str]) -> str | None:
     if not found:
         return None
     names = [name.split(".", 1)[-1] for name in found.group(1).split(", ")]
+    if owner := re.search(r"Problem with given class_path '([^']+)':\s+[Tt]he following arguments are req", message):
+        cls = owner.group(1).rpartition(".")[2]
+        return f"{_key(message)}: {cls} needs {' and '.join(names)}; set {_key(message)}.{names[0]}"
     verb = "is" if len(names) == 1 else "are"
     return f"{' and '.join(names)} {verb} required and not set; begin with --config configs/quickstart.yaml"
 
@@ -84,10 +83,13 @@ def _command(message: str, keys: list[str], classes: list[str]) -> str | None:
 
 
 def _option(message: str, keys: list[str], classes: list[str]) -> str | None:
-    found = re.search(r"does not accept option '([^']+)'|unrecognized arguments: -+([\w.]+)", message)
+    found = re.search(r"does not accept option '([^']+)'|unrecognized arguments: (-*)([^\s=]+)", message)
     if not found:
         return None
-    option = found.group(1) or found.group(2)
+    option, dashes = found.group(1) or found.group(3), found.group(2)
+    if dashes in ("", "-"):
+        hint = did_you_mean(f"--{option}", (f"--{key}" for key in keys)) or "; options begin with --"
+        return f"{dashes}{option} is no option{hint}"
     return f"there is no option {option!r}{_near_option(option, keys)}"
 
 
@@ -95,9 +97,26 @@ def _near_option(option: str, keys: list[str]) -> str:
     """Compare last parts within the same group first, then whole names."""
     group, _, last = option.rpartition(".")
     siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == group]
-    if near := difflib.get_close_matches(last, siblings, n=1):
-        return f"; did you mean {group + '.' if group else ''}{near[0]}?"
+    if near := nearest(last, siblings):
+        return f"; did you mean {group + '.' if group else ''}{near}?"
+    ends = {key.rpartition(".")[2]: key for key in keys}
+    if last.replace("-", "_") in ends:
+        return f"; did you mean {ends[last.replace('-', '_')]}?"
     return did_you_mean(option, keys)
+
+
+def _value(message: str, keys: list[str], classes: list[str]) -> str | None:
+    found = re.search(r"argument (?:-\w/)?(--\S+): expected one argument", message)
+    return f"{found.group(1)} needs a value, as in {found.group(1)}=VALUE" if found else None
+
+
+def _section(message: str, keys: list[str], classes: list[str]) -> str | None:
+    found = re.search(r'Unable to load config [\'"](.*)[\'"]', message)
+    if not found:
+        return None
+    name = _key(message)
+    option = next((key for key in keys if key.startswith(f"{name}.")), f"{name}.OPTION")
+    return f"{name} is a section: set its options, as in --{option}=VALUE; got {found.group(1)!r}"
 
 
 def _own_words(message: str, keys: list[str], classes: list[str]) -> str | None:
@@ -112,14 +131,43 @@ def _own_words(message: str, keys: list[str], classes: list[str]) -> str | None:
 
 def _class_option(message: str, keys: list[str], classes: list[str]) -> str | None:
     found = re.findall(r"Problem with given class_path '([^']+)':\s+Option '([^']+)' is not accepted", message)
+    called = r"callable class: Option '([^']+)' is not accepted\. Got value: Namespace\(class_path='([^']+)'"
+    found += [(path, option) for option, path in re.findall(called, message)]
     for path, option in found:
-        if path.rpartition(".")[2] == "Callback" and len(found) > 1:
-            continue  # the base class is tried after the class that was meant
+        if path.rpartition(".")[2] == "Callback":
+            if len(found) > 1:
+                continue  # the base class is tried after the class that was meant
+            return f"{_key(message)}: {option.split('.')[0]!r} is no option; write {ENTRY}"
         module, _, name = path.rpartition(".")
         known = [p for p in inspect.signature(getattr(import_module(module), name)).parameters if p != "self"]
         hint = did_you_mean(option.split(".")[0], known) or f"; it has {', '.join(known)}"
         return f"{_key(message)}: {name} has no option {option!r}{hint}"
     return None
+
+
+def _short_task(message: str, keys: list[str], classes: list[str]) -> str | None:
+    name = re.search(r"Expected a dot import path string: (\S+)", message)
+    option = re.search(r"Given value: NestedArg\(key='([^']+)'", message)
+    if not name or not option or _key(message) != "data.task":
+        return None
+    return (
+        f"data.task.{option.group(1)}: the short name {name.group(1)!r} has no options; name the class instead, as in "
+        f"--data.task=ReasoningGym --data.task.{option.group(1)}=VALUE"
+    )
+
+
+def _settings(message: str, keys: list[str], classes: list[str]) -> str | None:
+    """Something else where a class's options belong, and the class is the only one of its kind."""
+    found = re.search(r"Subtypes: \[<class '(lit_rlvr[\w.]*)\.(\w+)'>, <class 'NoneType'>\]", message)
+    value = re.findall(r"Given value: (.+)", message)
+    simple = re.search(r"Errors:\n\s+- (?:Expected a dot import|Not a valid subclass)", message)
+    if not found or not simple or not value:
+        return None
+    cls = getattr(import_module(found.group(1)), found.group(2))
+    if cls.__subclasses__() or found.group(2) in classes:
+        return None
+    first = next(iter(inspect.signature(cls).parameters))
+    return f"{_key(message)} has options, such as {_key(message)}.{first}, or is null; got {_quoted(value[-1])}"
 
 
 def _choice(message: str, keys: list[str], classes: list[str]) -> str | None:
@@ -143,8 +191,16 @@ def _schedule(message: str, keys: list[str], classes: list[str]) -> str | None:
 
 def _class(message: str, keys: list[str], classes: list[str]) -> str | None:
     key = _key(message)
+    if found := re.search(r'Parser key "[^"]+":\s+(?:- )?Not a valid subclass of (\w+)\. Got value: (.*)', message):
+        return f"{key} must be a class of the kind {found.group(1)}, got {_quoted(found.group(2))}"
+    if re.search(r"Expected an import path or a subclass spec, but got None", message):
+        return f"{key} cannot be null; leave it out for the default"
+    if found := re.search(r"Expected '([^']+)' to be a subclass of <class '([^']+)'>", message):
+        return f"{key}: {found.group(1)} is no {found.group(2).rpartition('.')[2]}"
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         name = found.group(1)
+        if name in classes:
+            return f"{key}: {name} is a class of another kind than what goes there"
         hint = did_you_mean(name, classes) or "; name a built-in class, or a class_path like my_module.MyClass"
         return f"{key}: there is no class {name!r}{hint}"
     if found := re.search(r"module '([^']+)' has no attribute '([^']+)'", message):
@@ -158,17 +214,50 @@ def _class(message: str, keys: list[str], classes: list[str]) -> str | None:
 
 def _type(message: str, keys: list[str], classes: list[str]) -> str | None:
     found = re.findall(
-        r'Parser key "([^"]+)":\s+Expected an? (?:<class \'(\w+)\'>|(\w[\w.\[\], |]*?))\. Got value: (.+)', message
+        r'Parser key "([^"]+)":\s+Expected an? (?:<class \'([\w.]+)\'>|(\w[\w.\[\], |]*?))\. Got value: (.*)', message
     )
     if not found:
         return None
     names = [name for name, *_ in re.findall(r'Parser key "([^"]+)"()', message)]
     _, kind, other, value = found[-1]
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-    return f"{'.'.join(dict.fromkeys(names))} must be {words.get(kind or other, kind or other)}, got {value.strip()!r}"
+    return f"{'.'.join(dict.fromkeys(names))} must be {WORDS.get(kind or other, kind or other)}, got {_quoted(value)}"
+
+
+def _quoted(value: str) -> str:
+    """A value as a user wrote it, without what the parser made of the options around it."""
+    value = value.partition(". Got value: Namespace(")[0].strip()
+    return value if value[:1] in ("[", "{") else repr(value)
+
+
+def _union(message: str, keys: list[str], classes: list[str]) -> str | None:
+    """A value that fits none of several types: what the innermost option takes, in words."""
+    found = re.search(
+        r"Does not validate against any of the Union subtypes\n(?:\s*Subtypes: .*\n)?\s*Errors:\n"
+        r"((?:\s*- (?:Expected an? |Not a valid |argument of ).*\n)+)\s*Given value type: .*\n\s*Given value: (.*)",
+        message,
+    )
+    names = re.findall(r'Parser key "([^"]+)"', message[: found.start()] if found else "")
+    if not found or not names:
+        return None
+    kinds = []
+    for expected in found.group(1).splitlines():
+        if choices := re.search(r"typing\.Literal\[(.+)\]", expected):
+            kinds += [choice.strip("' ") for choice in choices.group(1).split(",")]
+        elif subclass := re.search(r"Not a valid subclass of (\w+)", expected):
+            kinds.append(f"a class of the kind {subclass.group(1)}")
+        elif kind := re.search(r"Expected an? <class '([\w.]+)'>", expected):
+            kinds.append(WORDS.get(kind.group(1), kind.group(1)))
+    *most, last = dict.fromkeys([kind for kind in kinds if kind != "null"] + ["null"] * ("null" in kinds))
+    listed = f"{', '.join(most)} or {last}" if most else last
+    return f"{'.'.join(dict.fromkeys(names))} must be {listed}, got {_quoted(found.group(2))}"
 
 
 def _file(message: str, keys: list[str], classes: list[str]) -> str | None:
+    if found := re.search(r"Path is not a file: '(.+)'", message):
+        return f"{found.group(1)} is a folder, expected a configuration file"
+    if found := re.search(r"Not of type \w+: expected (.+), got (.+)", message):
+        names = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
+        return f"{names} must be {found.group(1)}, got {found.group(2)}"
     if not (
         found := re.search(r"(?:File does not exist|not accessible|does not exist): '?([^'\n]+?)'?$", message, re.M)
     ):
@@ -192,6 +281,11 @@ RULES = (
 def interpolation(error: Exception, keys: list[str]) -> str:
     """OmegaConf's complaint about a ``${...}`` as a sentence."""
     text = str(error)
+    if environment := re.search(r"Environment variable '([^']+)' not found", text):
+        name = environment.group(1)
+        return f"${{oc.env:{name}}}: there is no environment variable {name}; a default goes behind a comma"
+    if broken := re.search(r"(?:no viable alternative|mismatched|missing|extraneous) .* at '(.*)'|input '(.*)'", text):
+        return f"{broken.group(1) or broken.group(2)!r} is no whole reference; write ${{section.option}}"
     missing = re.search(r"Interpolation key '([^']+)' not found(?: \(resolved to '([^']+)'\))?", text)
     where = re.search(r"full_key: (\S+)", text)
     if not missing:

@@ -162,6 +162,9 @@ class RLVRDataModule(LightningDataModule):
         eval_batch_prompts: Prompts per batch of an evaluation, over all ranks.
         verifier_workers: Processes that score answers, for tasks whose verifier is not trusted to be instant.
         verifier_timeout: Seconds that scoring one answer may take.
+
+    Raises:
+        ValueError: When a number is out of range.
     """
 
     def __init__(
@@ -177,6 +180,8 @@ class RLVRDataModule(LightningDataModule):
         super().__init__()
         if eval_batch_prompts < 1 or (eval_prompts is not None and eval_prompts < 1):
             raise ValueError("eval_prompts and eval_batch_prompts must be at least 1")
+        if max_prompt_tokens is not None and max_prompt_tokens < 1:
+            raise ValueError(f"max_prompt_tokens must be at least 1, got {max_prompt_tokens}; null: no limit")
         self.task = resolve_task(task)
         self.template, self.max_prompt_tokens = template, max_prompt_tokens
         self.eval_prompts, self.eval_batch_prompts = eval_prompts, eval_batch_prompts

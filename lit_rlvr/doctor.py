@@ -181,9 +181,11 @@ def tracking(report: Report, database: str) -> None:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
+    from lit_rlvr.tracking import anchored
+
     try:
         with patch.dict(os.environ, IMPATIENT):
-            count = len(MlflowClient(database).search_experiments())
+            count = len(MlflowClient(anchored(database)).search_experiments())
     except MlflowException as error:
         report.broken(
             f"MLflow cannot open {database}: {str(error)[:160]}",

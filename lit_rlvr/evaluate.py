@@ -54,7 +54,8 @@ class Evaluator(torch.nn.Module):
             rows = [(EVALUATION_PHASE, p.prompt.index, s) for p in prompts for s in range(n)]
             tokens = [p.tokens for p in prompts]
             uid = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
-            out = module.engine.generate(module.policy, module.tokenizer, tokens, uid, evaluation, module.seed)
+            sampling = evaluation.sampling(module.sampling.max_new_tokens)
+            out = module.engine.generate(module.policy, module.tokenizer, tokens, uid, sampling, module.seed)
             texts = decode(module.tokenizer, out)
             verdicts = module.data.verifier([p.prompt for p in prompts for _ in range(n)], texts)
             for benchmark in self.benchmarks or [None]:

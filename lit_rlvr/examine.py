@@ -183,9 +183,8 @@ def lengths(report: Report, module: RLVRModule, data: RLVRDataModule, tokenizer:
         return
     if len(fitting) < len(measured):
         report.warning(f"{len(measured) - len(fitting)} are longer than data.max_prompt_tokens={limit}: left out")
-    response = max(
-        module.sampling.max_new_tokens, *(e.max_new_tokens for e in module.evaluator.evaluations.values()), 0
-    )
+    most = module.sampling.max_new_tokens
+    response = max(most, *(e.sampling(most).max_new_tokens for e in module.evaluator.evaluations.values()), 0)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     finding = f"at most {max(fitting)} tokens, and {response} of a response: {max(fitting) + response} in all"
     if context is not None and max(fitting) + response > context:

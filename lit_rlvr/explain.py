@@ -241,9 +241,10 @@ def pass_lines(module: Any, chain: list[CreditCallback]) -> list[str]:
 def evaluation_lines(module: Any, facts: Facts, asked: dict[str, Any]) -> list[str]:
     """What is evaluated, and when."""
     total = f"{sum(facts.held_out.values())} problems" if facts.held_out else "each held-out problem"
+    limit = module.sampling.max_new_tokens
     lines = [
-        f"{name}: {e.samples} response(s) to {total}, temperature {e.temperature:g}"
-        + (f", top-p {e.top_p:g}" if e.top_p < 1 else "")
+        f"{name}: {e.samples} response(s) of at most {e.sampling(limit).max_new_tokens} tokens to {total}, "
+        f"temperature {e.temperature:g}" + (f", top-p {e.top_p:g}" if e.top_p < 1 else "")
         for name, e in module.evaluator.evaluations.items()
     ]
     if sets := [f"{name} {number}" for name, number in facts.held_out.items() if name is not None]:

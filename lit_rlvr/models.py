@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from lit_rlvr.near import nearest
 from lit_rlvr.tasks.last_digit import ALPHABET
 
 BUILTIN = "builtin:"
@@ -63,10 +63,9 @@ def _existing(source: str) -> str:
         return str(path)
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside, n=1)
-        raise ValueError(
-            f"there is no model folder {source}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
-        )
+        near = nearest(path.name, beside)
+        hint = f"; did you mean {path.parent / near}?" if near else ""
+        raise ValueError(f"there is no model folder {source}{hint}")
     return source
 
 

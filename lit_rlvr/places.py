@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import register_type
+
+from lit_rlvr.near import did_you_mean
 
 if TYPE_CHECKING:
     Place = str
@@ -32,16 +33,6 @@ def find(value: Any) -> Place:
 
 
 register_type(Place, str, find)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence that names what is near ``name``, or nothing.
-
-    >>> did_you_mean("anwser", ["question", "answer"])
-    '; did you mean answer?'
-    """
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def existing_file(path: str, suffixes: Iterable[str] = ()) -> Path:

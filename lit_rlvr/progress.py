@@ -33,14 +33,23 @@ COLUMNS: dict[str, tuple[str, str]] = {
 class RLVRProgress(ProgressBar):
     """Shows reward, outcome, entropy, kept fraction, length, speed and phase times, with the time left.
 
+    Also logs ``time/learn_s``, the seconds from the end of a phase's rollouts to the end of its last optimiser step.
+
     Args:
         rows: Phases kept in the live table.
         interval: Seconds between two plain lines, where standard error is not a terminal.
         quiet: Show nothing.
+
+    Raises:
+        ValueError: When a number is out of range.
     """
 
     def __init__(self, rows: int = 8, interval: float = 2.0, quiet: bool = False) -> None:
         super().__init__()
+        if rows < 1:
+            raise ValueError(f"RLVRProgress.rows must be at least 1, got {rows}")
+        if not interval >= 0:
+            raise ValueError(f"RLVRProgress.interval must be at least 0 seconds, got {interval}")
         self.rows, self.interval, self.quiet = rows, interval, quiet
         self._recent: deque[dict[str, float]] = deque(maxlen=rows)
         self._live: Live | None = None
@@ -72,15 +81,16 @@ class RLVRProgress(ProgressBar):
             self._live.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        last_of_phase = batch.minibatch == pl_module.batch.steps_per_phase - 1
+        now, seconds = time.perf_counter(), dict[str, float]()
+        if last_of_phase and pl_module.phase is not None:
+            seconds = {"time/learn_s": now - pl_module.phase.ready}
+            pl_module.emit(seconds, trainer.global_step)
         if self._bar is None:
             return
         self._bar.update(self._task, completed=trainer.global_step)
-        last_of_phase = batch.minibatch == pl_module.batch.steps_per_phase - 1
-        if last_of_phase and pl_module.phase is not None:
-            now = time.perf_counter()
-            metrics = dict(pl_module.phase.metrics)
-            metrics["time/learn_s"] = now - pl_module.phase.ready
-            self._recent.append({"step": trainer.global_step, **metrics})
+        if seconds:
+            self._recent.append({"step": trainer.global_step, **pl_module.phase.metrics, **seconds})
             if self._live is None:
                 self._say(now)
         if self._live is not None:

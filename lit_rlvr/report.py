@@ -103,7 +103,7 @@ def places(trainer: Any) -> dict[str, str]:
     for callback in all_callbacks(trainer):
         if isinstance(callback, SavePolicy):
             found["trained model"] = str(callback.folder or root / "policy")
-    if (root / "rollouts").exists():
+    if list((root / "rollouts").glob("phase_*.html")):
         found["rollouts"] = str(root / "rollouts" / "index.html")
     for logger in trainer.loggers:
         if isinstance(logger, MLflow):

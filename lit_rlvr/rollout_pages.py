@@ -22,7 +22,8 @@ class RolloutPages(Callback):
     """Writes a few rollouts of every ``every``-th phase as JSON lines and as an HTML page, and stores them in MLflow.
 
     In the page a token's background is its entropy (white: none, red: the phase's highest), and tokens that learn are
-    underlined.
+    underlined. Pages of an earlier run in the same folder are deleted, as its policy and report are replaced; a resumed
+    run keeps those of the phases before it.
 
     Args:
         every: Rollout phases between two pages.
@@ -37,6 +38,18 @@ class RolloutPages(Callback):
             raise ValueError(f"RolloutPages.every and groups must be at least 1, got {every} and {groups}")
         self.every, self.groups = every, groups
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir) / "rollouts"
+        first = trainer.global_step // pl_module.batch.steps_per_phase
+        for file in folder.glob("phase_*"):
+            number = file.stem.removeprefix("phase_")
+            if number.isdigit() and int(number) >= first:
+                file.unlink()
+        if folder.is_dir():
+            write_index(folder)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         phase = pl_module.phase
         if batch.minibatch or batch.phase % self.every or not trainer.is_global_zero or not len(phase.rollout):
@@ -48,15 +61,18 @@ class RolloutPages(Callback):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         (folder / f"{name}.html").write_text(page(rows, phase.number), encoding="utf-8")
-        pages = sorted(p.name for p in folder.glob("phase_*.html"))
-        links = "".join(f'<li><a href="{p}">{p.removesuffix(".html").replace("_", " ")}</a></li>' for p in pages)
-        (folder / "index.html").write_text(
-            f"<meta charset=utf-8><style>{STYLE}</style><h1>Rollouts</h1><ul>{links}</ul>",
-            encoding="utf-8",
-        )
+        write_index(folder)
         for logger in mlflow_loggers(trainer):
             logger.log_text(lines, f"rollouts/{name}.jsonl")
             logger.log_text(page(rows, phase.number), f"rollouts/{name}.html")
+
+
+def write_index(folder: Path) -> None:
+    """The page that links to all others."""
+    pages = sorted(p.name for p in folder.glob("phase_*.html"))
+    links = "".join(f'<li><a href="{p}">{p.removesuffix(".html").replace("_", " ")}</a></li>' for p in pages)
+    text = f"<meta charset=utf-8><style>{STYLE}</style><h1>Rollouts</h1><ul>{links}</ul>"
+    (folder / "index.html").write_text(text, encoding="utf-8")
 
 
 def rollout_rows(phase: Phase, tokenizer: Any, groups: int) -> list[dict[str, Any]]:

@@ -53,12 +53,12 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Evaluation(Sampling):
+class Evaluation:
     """One way of evaluating on held-out prompts.
 
     Args:
         temperature: Divides the logits; 0 is greedy.
-        max_new_tokens: Longest response, in tokens.
+        max_new_tokens: Longest response, in tokens; null: as in training, ``model.sampling.max_new_tokens``.
         top_p: Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
         top_k: Keep this many most likely tokens; 0 keeps all.
         stop: Strings that end a response.
@@ -69,17 +69,27 @@ class Evaluation(Sampling):
         ValueError: When several greedy samples are asked for, which would all be the same, or a k is out of range.
     """
 
+    temperature: float = 1.0
+    max_new_tokens: int | None = None
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: list[str] = field(default_factory=list)
     samples: int = 1
     k: list[int] | None = field(default=None)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.sampling(limit=1)  # refuses numbers that are out of range
         if self.samples < 1:
             raise ValueError(f"evaluation samples must be at least 1, got {self.samples}")
         if self.temperature == 0 and self.samples > 1:
             raise ValueError("greedy evaluation (temperature 0) gives the same response every time; use samples: 1")
         if bad := [x for x in self.pass_k if not 1 <= x <= self.samples]:
             raise ValueError(f"pass@{bad[0]} needs 1 <= k <= samples, and there are {self.samples} samples per prompt")
+
+    def sampling(self, limit: int) -> Sampling:
+        """How responses are drawn; ``limit`` is the longest where ``max_new_tokens`` is null."""
+        length = limit if self.max_new_tokens is None else self.max_new_tokens
+        return Sampling(self.temperature, length, self.top_p, self.top_k, self.stop)
 
     @property
     def pass_k(self) -> list[int]:

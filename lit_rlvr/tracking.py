@@ -29,7 +29,8 @@ class MLflow(MLFlowLogger):
     Look at the runs with ``mlflow ui --backend-store-uri sqlite:///mlflow.db``.
 
     Args:
-        tracking_uri: Where runs are kept; null: ``$MLFLOW_TRACKING_URI``, or ``sqlite:///mlflow.db``.
+        tracking_uri: Where runs are kept; null: ``$MLFLOW_TRACKING_URI``, or ``sqlite:///mlflow.db``. A relative path
+            of a database starts at the folder in which the logger is made.
         experiment_name: Experiment that the run belongs to.
         run_name: Name of the run; null: the time.
         run_id: Continue this run.
@@ -50,7 +51,7 @@ class MLflow(MLFlowLogger):
         self.log_policy = log_model
         self._asked_for = run_id is not None
         # Opening the database on every rank at once breaks a fresh one; this address is never connected to.
-        uri = self.tracking_uri if getattr(rank_zero_only, "rank", 0) in (None, 0) else "http://127.0.0.1"
+        uri = anchored(self.tracking_uri) if getattr(rank_zero_only, "rank", 0) in (None, 0) else "http://127.0.0.1"
         super().__init__(
             experiment_name,
             run_name or time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -122,6 +123,18 @@ class MLflow(MLFlowLogger):
             elif have[name] != text:
                 self.tag(**{f"resumed.{name}": text})
         self.log_hyperparams(fresh)
+
+
+def anchored(uri: str) -> str:
+    """The address with a database's path from the root: MLflow keeps one connection per address, whatever the folder.
+
+    >>> anchored("sqlite:////tmp/mlflow.db"), anchored("http://host:5000")
+    ('sqlite:////tmp/mlflow.db', 'http://host:5000')
+    """
+    scheme, mark, path = uri.partition(":///")
+    if not mark or not scheme.startswith("sqlite") or path[:1] in ("", "/", ":"):
+        return uri
+    return f"{scheme}:///{Path(path).absolute()}"
 
 
 def mlflow_loggers(trainer: pl.Trainer) -> list[MLflow]:

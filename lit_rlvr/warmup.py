@@ -8,7 +8,7 @@ import logging
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +70,12 @@ class Warmup:
 
     def fingerprint(self, model: str, task: Task, template: Template, dtype: str) -> str:
         """A hash of everything that shapes the result."""
-        if not is_dataclass(task):
-            raise ValueError(
-                f"{type(task).__name__} must be a dataclass to be used for a warm start: its fields are hashed"
-            )
         files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
         facts = {
             "files": [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
             "format": FORMAT, "warmup": asdict(self), "model": model, "dtype": dtype, "template": asdict(template),
-            "task": [type(task).__module__, type(task).__qualname__, asdict(task)], "torch": torch.__version__,
+            "task": [type(task).__module__, type(task).__qualname__, task.demonstration_facts()],
+            "torch": torch.__version__,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -147,7 +147,6 @@ def test_interpolation_crosses_files_and_options(tmp_path: Path) -> None:
     assert printed["model"]["seed"] == 7
     assert printed["trainer"]["max_steps"] == 7
     assert printed["data"]["eval_prompts"] == 6
-    assert {e["max_new_tokens"] for e in printed["model"]["evaluations"].values()} == {12}
     assert printed["model"]["aggregation"]["init_args"]["length"] == 12
 
 

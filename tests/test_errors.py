@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
+from command_line import succeed
 
 from lit_rlvr.__main__ import main
 
@@ -43,7 +45,7 @@ IN_YAML: dict[str, tuple[str, str]] = {
         "cannot import my_callbacks.Nope: there is no module 'my_callbacks' in this folder",
     ),
     "interpolation": ("model: {seed: '${model.sede}'}", "model.seed: ${model.sede} stands for nothing; did you mean"),
-    "not YAML": ("model: [", "a configuration file is not valid YAML near line"),
+    "not YAML": ("model: [", "mine.yaml is not valid YAML, near line"),
     "not a number": ("model: {batch: {prompts: eight}}", "model.batch.prompts must be a whole number, got 'eight'"),
     "choice": ("model: {kl: {estimator: k4}}", "model.kl.estimator must be one of k1, k2, k3, got 'k4'"),
     "rho": (
@@ -112,8 +114,81 @@ IN_YAML: dict[str, tuple[str, str]] = {
     "idle system": ("data: {template: {system: hi}}", "template.system needs template.kind: chat"),
     "prompt limit": ("data: {max_prompt_tokens: 2}", "there are no train prompts: all 20000 are longer than"),
     "context": ("model: {sampling: {max_new_tokens: 500}}", "exceed the model's context of 128 tokens"),
+    "null": ("model: {loss: null}", "model.loss cannot be null; leave it out for the default"),
+    "null number": ("model: {batch: {prompts: null}}", "model.batch.prompts cannot be null"),
+    "null of a callback": (
+        "trainer: {callbacks: [{class_path: EntropyTopK, init_args: {rho: null}}]}",
+        "trainer.callbacks.rho cannot be null",
+    ),
+    "empty file": ("", "mine.yaml is empty: it has no options"),
+    "only a comment": ("# nothing yet", "mine.yaml is empty: it has no options"),
+    "a word": ("hello", "mine.yaml must hold sections such as `model:`, got 'hello'"),
+    "a list": ("- model", "mine.yaml must hold sections such as `model:`, got a list"),
+    "no colon": (
+        "model:\n  seed 3",
+        "mine.yaml, line 2: model is a section (model.batch, model.sampling); its options",
+    ),
+    "empty section": ("seed_everything: 1\nmodel:", "mine.yaml, line 2: model is a section"),
+    "list of a section": ("trainer: [1]", "mine.yaml, line 1: trainer is a section; its options stand below it, got a"),
+    "number of a section": ("model: {batch: 5}", "model.batch is a section; its options stand below it, got '5'"),
+    "tab": ("model:\n\tseed: 3", "mine.yaml is not valid YAML, line 2: it begins with a tab; indent with spaces"),
+    "twice": ("model: {seed: 1}\nmodel: {seed: 2}", "mine.yaml, line 2: model stands there a second time"),
+    "twice within": ("model:\n  seed: 1\n  seed: 2", "mine.yaml, line 3: model.seed stands there a second time"),
+    "init_arg": (
+        "trainer: {callbacks: [{class_path: EntropyTopK, init_arg: {rho: 1}}]}",
+        "beside trainer.callbacks.class_path stands 'init_arg'; did you mean init_args?",
+    ),
+    "options beside the class": (
+        "model: {loss: {class_path: ClippedSurrogate, clip_high: 0.3}}",
+        "beside model.loss.class_path stands 'clip_high'; the class's own options go below init_args",
+    ),
+    "no class": (
+        "trainer: {callbacks: [{init_args: {rho: 1}}]}",
+        "an entry of trainer.callbacks is a class's name, or",
+    ),
+    "class as key": (
+        "trainer: {callbacks: [{EntropyTopK: {rho: 1}}]}",
+        "or {class_path: NAME, init_args: {...}}; this",
+    ),
+    "class as section": (
+        "trainer: {callbacks: {EntropyTopK: {rho: 1}}}",
+        "'EntropyTopK' is no option; write a class's",
+    ),
+    "class number": ("trainer: {callbacks: [{class_path: 3}]}", "class_path must be the name of a class, got '3'"),
+    "callback number": ("trainer: {callbacks: 3}", "trainer.callbacks must be a list, a class of the kind Callback or"),
+    "another kind": ("model: {loss: TokenMean}", "model.loss: TokenMean is a class of another kind than what goes"),
+    "no class at all": ("model: {loss: 5}", "model.loss must be a class of the kind PolicyLoss, got '5'"),
+    "list of a text": ("data: {task: [a]}", "data.task must be a class of the kind Task or a text, got ['a']"),
+    "list of a number": ("model: {batch: {prompts: [1, 2]}}", "model.batch.prompts must be a whole number, got [1, 2]"),
+    "text of a list": ("model: {sampling: {stop: a}}", "model.sampling.stop must be a list, got 'a'"),
+    "text of stages": (
+        "trainer: {callbacks: [{class_path: EntropyTopK, init_args: {stages: plateau}}]}",
+        "trainer.callbacks.stages must be a list or null, got 'plateau'",
+    ),
+    "list of evaluations": ("model: {evaluations: [greedy]}", "model.evaluations must be options by name or null, got"),
+    "number of k": (
+        "model: {evaluations: {a: {samples: 4, k: 2}}}",
+        "model.evaluations.k must be a list or null, got '2'",
+    ),
+    "list of rewards": (
+        "data: {task: {class_path: ProblemFiles, init_args: {train: x.jsonl, rewards: [ExactMatch]}}}",
+        "data.task.rewards must be options by name, got ['ExactMatch']",
+    ),
+    "list of files": (
+        "data: {task: {class_path: ProblemFiles, init_args: {train: [x.jsonl], rewards: {a: ExactMatch}}}}",
+        "data.task.train must be a text, got ['x.jsonl']",
+    ),
+    "no rewards": (
+        "data: {task: {class_path: ProblemFiles, init_args: {train: x.jsonl}}}",
+        "data.task: ProblemFiles needs rewards; set data.task.rewards",
+    ),
+    "negative length": ("model: {sampling: {max_new_tokens: -1}}", "max_new_tokens must be at least 1, got -1"),
+    "environment": ("model: {model: '${oc.env:LIT_RLVR_NOPE}'}", "there is no environment variable LIT_RLVR_NOPE"),
+    "open reference": ("model: {dtype: '${model.seed'}", "'${model.seed' is no whole reference"),
+    "number of a text": ("model: {model: 5}", "model.model must be a text, got '5'"),
 }
 
+RUN = ("fit", "--config", QUICKSTART, "--warmup=null", "--trainer.max_steps=1", "--trainer.logger=false")
 ON_THE_COMMAND_LINE: dict[str, tuple[list[str], str]] = {
     "command": (["fitt"], "there is no command 'fitt'; did you mean fit?"),
     "nothing": (["fit"], "model.model and data.task are required and not set"),
@@ -123,6 +198,46 @@ ON_THE_COMMAND_LINE: dict[str, tuple[list[str], str]] = {
     "checkpoint": (["fit", "--config", QUICKSTART, "--ckpt_path=lost.ckpt"], "there is no file 'lost.ckpt'"),
     "no checkpoint": (["fit", "--config", QUICKSTART, f"--ckpt_path={QUICKSTART}"], "is no checkpoint of a run"),
     "no warm start": (["warmup", "--config", QUICKSTART, "--warmup=null"], "the configuration has no `warmup` section"),
+    "abbreviation": ([*RUN, "--model.see=1"], "there is no option 'model.see'; did you mean model.seed?"),
+    "abbreviated command option": ([*RUN, "--seed=1"], "there is no option 'seed'; did you mean model.seed?"),
+    "hyphen": ([*RUN, "--max-steps=1"], "there is no option 'max-steps'; did you mean trainer.max_steps?"),
+    "one dash": ([*RUN, "-model.seed=1"], "-model.seed is no option; did you mean --model.seed?"),
+    "no dash": ([*RUN, "foo"], "foo is no option; options begin with --"),
+    "no value": ([*RUN, "--model.seed"], "--model.seed needs a value, as in --model.seed=VALUE"),
+    "empty value": ([*RUN, "--model.seed="], "model.seed must be a whole number, got ''"),
+    "no config": (["fit", "--config"], "--config needs a value"),
+    "folder": (["fit", "--config", "."], "is a folder, expected a configuration file"),
+    "learning rate": ([*RUN, "--model.optimizer.lr=abc"], "model.optimizer.lr must be a number, got 'abc'\n"),
+    "optimizer option": (
+        [*RUN, "--model.optimizer.lrr=1"],
+        "model.optimizer: AdamW has no option 'lrr'; did you mean lr?",
+    ),
+    "no optimizer": ([*RUN, "--model.optimizer=null"], "model.optimizer cannot be null"),
+    "another class": ([*RUN, "--model.optimizer=torch.nn.Linear"], "model.optimizer: torch.nn.Linear is no Optimizer"),
+    "warm-up true": ([*RUN, "--warmup=true"], "warmup has options, such as warmup.steps, or is null; got 'true'"),
+    "KL true": ([*RUN, "--model.kl=true"], "model.kl has options, such as model.kl.beta, or is null; got 'true'"),
+    "dataset": ([*RUN, "--data.task=ReasoningGym"], "data.task: ReasoningGym needs dataset; set data.task.dataset"),
+    "option of a short name": ([*RUN, "--data.task.seed=3"], "the short name 'last_digit_arithmetic' has no options"),
+    "precision": ([*RUN, "--trainer.precision=17"], "trainer.precision must be 64, 32, 16, "),
+    "seed": ([*RUN, "--seed_everything=x"], "seed_everything must be true or false or a whole number, got 'x'"),
+    "negative seed": ([*RUN, "--seed_everything=-5"], "seed_everything must lie between 0 and 4294967295, got -5"),
+    "section": ([*RUN, "--model.batch=5"], "model.batch is a section: set its options, as in --model.batch."),
+    "limit": (
+        [*RUN, "--trainer.limit_val_batches=x"],
+        "limit_val_batches must be a number, a whole number or null, got",
+    ),
+    "strategy": ([*RUN, "--trainer.strategy=ddpp"], "there is no trainer.strategy 'ddpp'; did you mean ddp?"),
+    "accelerator": ([*RUN, "--trainer.accelerator=gpuu"], "there is no trainer.accelerator 'gpuu'; did you mean gpu?"),
+    "no devices": ([*RUN, "--trainer.devices=0"], "trainer.devices must be auto, a number from 1, or a list"),
+    "devices": ([*RUN, "--trainer.devices=abc"], "trainer.devices must be auto, a number from 1, or a list"),
+    "negative clipping": (
+        [*RUN, "--trainer.gradient_clip_val=-1"],
+        "trainer.gradient_clip_val must be above 0, or null",
+    ),
+    "root": ([*RUN, "--trainer.default_root_dir=quickstart.yaml"], "is quickstart.yaml, which is a file; a run needs"),
+    "checkpoint folder": ([*RUN, "--ckpt_path=."], "is no checkpoint of a run"),
+    "prompt limit": ([*RUN, "--data.max_prompt_tokens=0"], "max_prompt_tokens must be at least 1, got 0"),
+    "rows": ([*RUN, "--trainer.callbacks=RLVRProgress", "--trainer.callbacks.rows=-1"], "RLVRProgress.rows must be at"),
 }
 
 
@@ -162,6 +277,39 @@ def test_mistakes_on_the_command_line(
     os.symlink(QUICKSTART, "quickstart.yaml")
     arguments, message = ON_THE_COMMAND_LINE[case]
     assert message in answer(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x00\xff\xfe", "mine.yaml is not UTF-8 text: invalid start byte at byte 1"),
+        (b"model: {dtype: caf\xe9}", "mine.yaml is not UTF-8 text: invalid continuation byte at byte 18"),
+        (b"model: {dtype: '\x00'}", "mine.yaml is not valid YAML: unacceptable character #x0000"),
+    ],
+)
+def test_files_that_are_no_text(
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_bytes(content)
+    assert message in answer(["fit", "--config", QUICKSTART, "--config", "mine.yaml"], capsys)
+
+
+@pytest.mark.parametrize("text", ["# Role", "#", "  # Be brief.\n\nAnswer.", "#: 1", "null # or not"])
+def test_a_text_may_begin_like_a_comment(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From YAML and from the command line; what YAML itself reads as null stays null."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(yaml.safe_dump({"data": {"template": {"kind": "chat", "system": text}}}))
+    chat = ("--data.template.kind=chat", f"--data.template.system={text}")
+    for options in (("--config", "mine.yaml"), chat):
+        printed = succeed(tmp_path, "fit", "--config", QUICKSTART, *options, "--print_config").out
+        found = yaml.safe_load(printed)["data"]["template"]["system"]
+        assert found == (None if text == "null # or not" else text)
+
+
+def test_null_is_null(tmp_path: Path) -> None:
+    printed = succeed(tmp_path, "fit", "--config", QUICKSTART, "--model.dynamic_sampling=null", "--print_config").out
+    assert yaml.safe_load(printed)["model"]["dynamic_sampling"] is None
 
 
 def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from lit_rlvr.memory import estimate
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
+LONG = "--model.evaluations.greedy.max_new_tokens=40"
 
 
 def explained(capsys: pytest.CaptureFixture[str], *options: str) -> str:
@@ -37,7 +38,11 @@ def test_the_arithmetic_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_for_other_machines_is_explained_here(capsys: pytest.CaptureFixture[str]) -> None:
     """GPUs, many nodes and a sharded strategy need not be at hand."""
     strategy = "--trainer.strategy=ModelParallelStrategy"
-    out = explained(capsys, "--trainer.accelerator=cuda", "--trainer.devices=8", "--trainer.num_nodes=2", strategy)
+    out = explained(
+        capsys, "--trainer.accelerator=cuda", "--trainer.devices=8", "--trainer.num_nodes=2", strategy, LONG
+    )
+    assert "sampled: 1 response(s) of at most 34 tokens to 512 problems, temperature 1\n" in out
+    assert "greedy: 1 response(s) of at most 40 tokens to 512 problems, temperature 0\n" in out
     assert "16 device(s), weights and optimizer state spread over them" in out
     assert "each learns from 8 rollouts per step" in out
 

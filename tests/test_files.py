@@ -8,7 +8,7 @@ import math
 import pickle
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,30 @@ def test_solutions_are_demonstrations(tmp_path: Path) -> None:
     write(tmp_path, sums(30))
     again = ProblemFiles(file, RIGHT, solution="solution")
     assert settings.fingerprint("model", again, Template(), "float32") == before
+
+
+def test_only_what_is_imitated_repeats_a_warm_start(tmp_path: Path) -> None:
+    """Rewards, their weights and test problems may change; columns and the share that is held out may not."""
+    file, other = write(tmp_path, sums(30)), tmp_path / "other.jsonl"
+    other.write_text(Path(file).read_text())
+    plain = ProblemFiles(file, RIGHT, solution="solution")
+
+    def same(**changed: Any) -> bool:
+        task = replace(plain, **changed)
+        prints = [Warmup().fingerprint("model", t, Template(), "float32") for t in (plain, task)]
+        return prints[0] == prints[1]
+
+    assert same(rewards={"right": ExactMatch(weight=0.5), "length": Length()}, outcome="length", correct_at=0.5)
+    assert same(test=str(other))
+    assert same(train=str(other))  # the same content
+    for changed in (
+        {"solution": "answer"},
+        {"val_share": 0.5},
+        {"seed": 1},
+        {"meta": ["solution"]},
+        {"val": str(other)},
+    ):
+        assert not same(**changed), changed
 
 
 def test_a_task_travels_without_its_problems(tmp_path: Path) -> None:

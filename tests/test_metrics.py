@@ -12,9 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_rlvr.engines import Generation
+from lit_rlvr.engines import Generation, Sampling
+from lit_rlvr.evaluate import Evaluator
 from lit_rlvr.metrics import EvaluationMetrics, maj_at_n, pass_at_k
-from lit_rlvr.tasks import Score
+from lit_rlvr.settings import Evaluation
+from lit_rlvr.tasks import Prompt, Score
+from lit_rlvr.types import EncodedPrompt
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -119,3 +122,26 @@ def test_a_k_that_the_samples_do_not_allow_is_refused(k: int) -> None:
     """pass@3 of two responses is not defined."""
     with pytest.raises(ValueError, match=f"pass@{k} needs 1 <= k <= samples, and there are 2 samples per prompt"):
         EvaluationMetrics(2, [1, k])
+
+
+def test_an_evaluation_is_as_long_as_training_unless_it_says_otherwise() -> None:
+    """The engine is asked for responses of that length."""
+    asked: list[Sampling] = []
+
+    def generate(policy: Any, tokenizer: Any, tokens: Any, uid: Any, sampling: Sampling, seed: int) -> Any:
+        asked.append(sampling)
+        raise InterruptedError
+
+    module: Any = SimpleNamespace(
+        engine=SimpleNamespace(generate=generate),
+        sampling=Sampling(max_new_tokens=7),
+        policy=None,
+        tokenizer=None,
+        seed=0,
+    )
+    for evaluation in (Evaluation(top_k=3), Evaluation(temperature=0, max_new_tokens=9, stop=["."])):
+        with pytest.raises(InterruptedError):
+            Evaluator({"way": evaluation}).update(module, [EncodedPrompt(Prompt(0, "1+1?"), (1, 2))])
+    assert asked == [Sampling(max_new_tokens=7, top_k=3), Sampling(temperature=0, max_new_tokens=9, stop=["."])]
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        Evaluation(max_new_tokens=0)

@@ -173,6 +173,24 @@ def test_files_of_a_phase(phase: Phase, tmp_path: Path) -> None:
     assert index.index('<a href="phase_000020.html">phase 000020</a>') < index.index('href="phase_000030.html"')
 
 
+@pytest.mark.parametrize(("step", "left"), [(0, []), (60, [20]), (62, [20, 30])])
+def test_pages_of_an_earlier_run_go(phase: Phase, tmp_path: Path, step: int, left: list[int]) -> None:
+    """A fresh run begins with none; one that is resumed at its first phase keeps those before it. Other files stay."""
+    callback = RolloutPages(every=10)
+    for number in (20, 30):
+        run(callback, replace(phase, number=number), tmp_path)
+    (tmp_path / "rollouts/phase_notes.txt").write_text("mine")
+    module: Any = SimpleNamespace(batch=SimpleNamespace(steps_per_phase=2))
+    for first in (False, True):
+        trainer: Any = SimpleNamespace(is_global_zero=first, default_root_dir=str(tmp_path), global_step=step)
+        callback.on_train_start(trainer, module)
+        pages = [f"phase_{number:06d}" for number in (left if first else [20, 30])]
+        assert sorted({file.stem for file in (tmp_path / "rollouts").glob("phase_0*")}) == pages
+    index = (tmp_path / "rollouts/index.html").read_text()
+    assert index.count("<li>") == len(left)
+    assert (tmp_path / "rollouts/phase_notes.txt").exists()
+
+
 def test_pages_are_written_when_they_are_due(phase: Phase, tmp_path: Path) -> None:
     """Every tenth phase, at its first optimiser step, by the first rank, unless the phase kept no group."""
     callback = RolloutPages(every=10)

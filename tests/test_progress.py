@@ -33,7 +33,12 @@ class Run:
             is_global_zero=first, max_steps=10, estimated_stepping_batches=float("inf"), global_step=0,
             callback_metrics={}, sanity_checking=False,
         )  # fmt: skip
-        self.module: Any = SimpleNamespace(phase=None, batch=SimpleNamespace(steps_per_phase=2))
+        self.logged: list[tuple[dict[str, float], int]] = []
+        self.module: Any = SimpleNamespace(
+            phase=None,
+            batch=SimpleNamespace(steps_per_phase=2),
+            emit=lambda metrics, step: self.logged.append((metrics, step)),
+        )
 
     def start(self) -> None:
         self.progress.on_train_start(self.trainer, self.module)
@@ -198,3 +203,18 @@ def test_validation_is_one_line_of_accuracies(monkeypatch: pytest.MonkeyPatch) -
     run.trainer.sanity_checking = False
     run.progress.on_validation_end(run.trainer, run.module)
     assert run.text() == "validation at step 40: sampled/mean_at_4 0.250, sampled/pass_at_4 0.500\n"
+
+
+def test_the_time_of_learning_is_logged_by_a_quiet_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once per phase, as of its last optimiser step."""
+    run = Run(RLVRProgress(quiet=True), monkeypatch, terminal=False)
+    run.start()
+    run.phase(1001.0)
+    run.phase(1002.0)
+    assert run.logged == [({"time/learn_s": 0.25}, 2), ({"time/learn_s": 0.25}, 4)]
+
+
+@pytest.mark.parametrize("wrong", [{"rows": 0}, {"rows": -1}, {"interval": -1.0}, {"interval": float("nan")}])
+def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"RLVRProgress.{next(iter(wrong))} must be at least"):
+        RLVRProgress(**wrong)

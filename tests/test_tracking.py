@@ -60,7 +60,7 @@ def test_parameters_are_the_resolved_settings(run: Run, tiny_fit: TinyFit) -> No
     expected = {name: str(value) for name, value in settings.items() if name not in betas}
     assert {n: v for n, v in run.data.params.items() if not n.endswith(".betas")} == expected
     assert run.data.params["model.optimizer.init_args.betas"] == str(tuple(betas.values()))
-    assert run.data.params["model.evaluations.greedy.max_new_tokens"] == "34"
+    assert run.data.params["model.evaluations.greedy.temperature"] == "0.0"
     assert run.data.params["trainer.callbacks.2.init_args.every"] == "1"
 
 
@@ -212,7 +212,10 @@ def test_only_the_first_rank_opens_a_database(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_the_address_of_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The argument, then MLflow's own variable, then a file beside you; another rank opens none of them."""
+    """The argument, then MLflow's own variable, then a file beside you; another rank opens none of them.
+
+    With the folder's name: MLflow would give the same connection to whoever asks for the same address elsewhere.
+    """
     opened: list[str] = []
     monkeypatch.setattr("mlflow.tracking.MlflowClient", opened.append)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -220,10 +223,23 @@ def test_the_address_of_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///variable.db")
     MLflow()
     MLflow("sqlite:///argument.db")
-    assert opened == ["sqlite:///mlflow.db", "sqlite:///variable.db", "sqlite:///argument.db"]
+    assert opened == [f"sqlite:///{Path.cwd()}/{name}.db" for name in ("mlflow", "variable", "argument")]
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     MLflow("sqlite:///argument.db")
     assert opened[3:] == ["http://127.0.0.1"]
+
+
+def test_each_folder_has_a_database_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process, with the same relative address, which is the one that is shown."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        logger = MLflow()
+        assert logger.tracking_uri == "sqlite:///mlflow.db"
+        logger.tag(folder=name)
+        runs = MlflowClient(f"sqlite:///{tmp_path}/{name}/mlflow.db").search_runs([logger.experiment_id])
+        assert [run.data.tags["folder"] for run in runs] == [name]
 
 
 def test_the_commit_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lit_rlvr.places import Place, did_you_mean, existing_file
+from lit_rlvr.near import did_you_mean
+from lit_rlvr.places import Place, existing_file
 from lit_rlvr.rewards.base import Judgement, Reward
 
 if TYPE_CHECKING:

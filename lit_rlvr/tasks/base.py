@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
 Split = Literal["train", "val", "test"]
@@ -71,3 +71,17 @@ class Task(ABC):
             ValueError: When the task has no demonstrations.
         """
         raise ValueError(f"{type(self).__name__} has no demonstrations, so it cannot be used for a warm start")
+
+    def demonstration_facts(self) -> dict[str, Any]:
+        """All that training prompts and demonstrations depend on: a warm start is repeated when it changes.
+
+        Every field of the task, unless a task knows better, for example that its rewards play no part.
+
+        Raises:
+            ValueError: When the task is no dataclass, so that its fields are not known.
+        """
+        if not is_dataclass(self):
+            raise ValueError(
+                f"{type(self).__name__} must be a dataclass to be used for a warm start, or define demonstration_facts"
+            )
+        return asdict(self)

@@ -10,9 +10,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from lit_rlvr.places import Place, did_you_mean, existing_file
+from lit_rlvr.near import did_you_mean
+from lit_rlvr.places import Place, existing_file
 from lit_rlvr.rewards import Judgement, Reward
 from lit_rlvr.tasks.base import Prompt, Score, Split, Task
 from lit_rlvr.tasks.columns import ProblemSet, cell, check_columns, check_text, plain_answer
@@ -71,12 +73,12 @@ class ProblemFiles(Task):
     isolated: bool = field(init=False, repr=False)
     reward_names: tuple[str, ...] = field(init=False, repr=False)
     digest: str = field(init=False, repr=False)
-    """A hash of the files' content: a warm start on other demonstrations is another one."""
+    """A hash of the training file's content."""
 
     def __post_init__(self) -> None:
         check_rewards(self.rewards, self.outcome, self.answer)
         check_pattern(self.question_pattern)
-        places = [self.train]
+        places: list[str] = []
         for sets in (self.val, self.test):
             if isinstance(sets, Mapping):
                 check_sets(sets)
@@ -89,7 +91,10 @@ class ProblemFiles(Task):
             raise ValueError(f"the column name {SOURCE!r} is taken: Prompt.meta[{SOURCE!r}] is a row's file and line")
         object.__setattr__(self, "isolated", any(reward.isolated for reward in self.rewards.values()))
         object.__setattr__(self, "reward_names", tuple(self.rewards))
-        object.__setattr__(self, "digest", digest(places))
+        for place in places:
+            if not place.startswith(HUB):
+                existing_problems(place)
+        object.__setattr__(self, "digest", digest(self.train))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the problems: each comes with its answer to the process that judges it."""
@@ -126,6 +131,12 @@ class ProblemFiles(Task):
         if self.solution is None:
             raise ValueError("a warm start imitates solutions: set ProblemFiles.solution to the column that holds them")
         return str(prompt.meta[self.solution])
+
+    def demonstration_facts(self) -> dict[str, Any]:
+        """The training problems and their columns; rewards are free to change."""
+        held_out_share = (self.val_share, self.seed) if self.val is None else None
+        columns = (self.question, self.question_pattern, self.answer, self.solution, self.meta)
+        return {"content": self.digest, "columns": columns, "held out": held_out_share}
 
     def _judge(self, name: str, prompt: Prompt, response: str) -> Judgement:
         try:
@@ -203,17 +214,18 @@ def held_out(question: str, seed: int, share: float) -> bool:
     return number < share * 2**64
 
 
-def digest(places: Iterable[str]) -> str:
-    """A hash of the content of files, which must exist and be of a known kind; of datasets, the name."""
-    total = hashlib.sha256()
-    for place in places:
-        if place.startswith(HUB):
-            total.update(place.encode())
-            continue
-        reader_of(place)
-        with existing_file(place, READERS).open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()[:16]
+def existing_problems(place: str) -> Path:
+    """The file at ``place``, which must exist and be of a known kind."""
+    reader_of(place)
+    return existing_file(place, READERS)
+
+
+def digest(place: str) -> str:
+    """A hash of the content of a problem file; of a dataset, the name."""
+    if place.startswith(HUB):
+        return hashlib.sha256(place.encode()).hexdigest()[:16]
+    with existing_problems(place).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def check_sets(sets: Mapping[str, ProblemSet]) -> None:

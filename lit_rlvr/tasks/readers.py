@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_rlvr.places import did_you_mean, existing_file
+from lit_rlvr.near import did_you_mean
+from lit_rlvr.places import existing_file
 
 HUB = "hf:"
 HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}

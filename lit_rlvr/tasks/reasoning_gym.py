@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lit_rlvr.near import did_you_mean
 from lit_rlvr.tasks.base import Prompt, Score, Split, Task
 
 FULL_SCORE = 0.99
@@ -46,9 +46,7 @@ class ReasoningGym(Task):
         from reasoning_gym.factory import DATASETS
 
         if self.dataset not in DATASETS:
-            near = difflib.get_close_matches(self.dataset, DATASETS, n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"reasoning_gym has no dataset {self.dataset!r}{hint}")
+            raise ValueError(f"reasoning_gym has no dataset {self.dataset!r}{did_you_mean(self.dataset, DATASETS)}")
         if self.train_size < 1 or self.val_size < 1:
             raise ValueError("ReasoningGym.train_size and val_size must be at least 1")
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from lit_rlvr.near import did_you_mean
 from lit_rlvr.tasks.base import Task
 from lit_rlvr.tasks.last_digit import LastDigitArithmetic
 from lit_rlvr.tasks.reasoning_gym import ReasoningGym
@@ -26,6 +25,5 @@ def resolve_task(task: Task | str) -> Task:
     if name == "reasoning_gym" and rest:
         return ReasoningGym(rest)
     known = ["last_digit_arithmetic", "reasoning_gym:NAME", "LastDigitArithmetic", "ReasoningGym"]
-    near = difflib.get_close_matches(task, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known[:2])}, or a class_path"
+    hint = did_you_mean(task, known) or f"; known are {', '.join(known[:2])}, or a class_path"
     raise ValueError(f"there is no task {task!r}{hint}")
