@@ -43,8 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
     "steps": {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0)},
     "bfloat16": {"dtype": "float32"},
 }
-"""In ``ragged`` every mini-batch has one prompt, so one of two ranks has nothing to learn from; in ``steps`` callbacks act
-in every optimiser step, and these are large."""
+"""In ``ragged`` every mini-batch has one prompt, so one of two ranks has nothing to learn from; in ``steps`` callbacks
+act in every optimiser step, and these are large."""
 
 
 class Traffic(TorchDispatchMode):
