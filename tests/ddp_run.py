@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lit_rlvr_callbacks import EntropyTopK, PerplexityShaping
+from lit_rlvr_callbacks import ClipCov, EntropyAdvantage, EntropyBonus, EntropyTopK, KLCov, PerplexityShaping
 from runs import TINY, EvenTask, Recorder, tiny_module, tiny_trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,9 +40,11 @@ CASES: dict[str, dict[str, Any]] = {
     "kl": {"kl": KLPenalty(beta=0.5)},
     "dynamic": {"dynamic_sampling": DynamicSampling(3)},
     "ragged": {"batch": Batch(prompts=3, responses=4, minibatch_prompts=1, micro_tokens=40)},
+    "steps": {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0)},
     "bfloat16": {"dtype": "float32"},
 }
-"""In ``ragged`` every mini-batch has one prompt, so one of two ranks has nothing to learn from."""
+"""In ``ragged`` every mini-batch has one prompt, so one of two ranks has nothing to learn from; in ``steps`` callbacks
+act in every optimiser step, and these are large."""
 
 
 class Traffic(TorchDispatchMode):
@@ -90,6 +92,13 @@ def run(case: str, strategy: Any, devices: int, *watching: Callback, **more: Any
     options = {"batch": Batch(4, 4, 2, micro_tokens=60), **CASES[case], **more}
     recorder = Recorder()
     callbacks: list[Callback] = [PerplexityShaping(0.3), EntropyTopK(0.1)]
+    if case == "steps":
+        callbacks = [
+            EntropyAdvantage(0.05, scope="mini_batch"),
+            ClipCov(0.05, low=0.0),
+            KLCov(0.05, 0.7),
+            EntropyBonus(0.1, target=9.0, delta=0.1),
+        ]
     if case == "bfloat16":  # a rounded entropy may fall on the other side of a threshold
         options, callbacks = {**options, "engine": FixedEngine()}, []
     module = tiny_module(**options)

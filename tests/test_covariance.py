@@ -66,6 +66,17 @@ def test_clip_cov_by_hand() -> None:
     assert assigned(ClipCov(0.5, 1.0, 5.0), FOUR, CREDIT)[0].weight.sum() == 4, "the bounds themselves are outside"
 
 
+def test_what_the_ratio_clip_holds_back_is_no_candidate() -> None:
+    """The first token's ratio is e^.5, above the upper clip, and its advantage positive."""
+    moved = Current(torch.tensor([[-0.5, -3.5], [-1.0, -3.0]]), FOUR.entropies)
+    callback = ClipCov(1.0, 0.5, 5.0)
+    assert assigned(callback, FOUR, CREDIT, moved)[0].weight.tolist() == [[0, 1], [1, 0]]
+    callback.check(SimpleNamespace(loss=ClippedSurrogate(0.2, 0.28)))  # type: ignore[arg-type]
+    assert assigned(callback, FOUR, CREDIT, moved)[0].weight.tolist() == [[1, 1], [1, 0]]
+    callback.check(SimpleNamespace(loss=ClippedSurrogate(0.2, 0.7)))  # type: ignore[arg-type]
+    assert assigned(callback, FOUR, CREDIT, moved)[0].weight.tolist() == [[0, 1], [1, 0]]
+
+
 def test_the_current_policy_decides() -> None:
     """Turned round, the other two tokens have the large covariance."""
     turned = Current(-4 - FOUR.old_logprobs, FOUR.entropies)

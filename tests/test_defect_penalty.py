@@ -59,6 +59,12 @@ def test_each_rule_by_hand(text: str, question: str, found: list[bool]) -> None:
     assert DefectPenalty().defects(text, question) == found
 
 
+def test_a_share_at_the_threshold_is_no_defect() -> None:
+    """Two equal sequences of three words: one half repeats."""
+    assert not DefectPenalty(repetition=0.5).defects("a a a a")[0]
+    assert DefectPenalty(repetition=0.499).defects("a a a a")[0]
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.text("ab \n", max_size=40), st.floats(0, 1), st.integers(2, 6))
 def test_against_a_plain_count(text: str, repetition: float, length: int) -> None:

@@ -73,11 +73,14 @@ def test_zero_variance_by_hand() -> None:
 
 
 def test_rewards_that_differ_have_variance() -> None:
-    """An overlong penalty inside an all-right group gives the base advantage something to say."""
+    """An overlong penalty inside an all-right group gives the base advantage something to say; nor is a group of equal
+    rewards but mixed outcomes all right or all wrong."""
     rollout = build_rollout([[1.0], [1.0]])
     rollout = replace(rollout, correct=torch.ones(2), rewards=torch.tensor([1.0, 0.5]))
     credit = full_credit(rollout, [0.7, -0.7])
     assert torch.equal(assigned(ZeroVariance(), rollout, credit)[0].advantage, credit.advantage)
+    mixed = replace(rollout, correct=torch.tensor([1.0, 0.0]), rewards=torch.ones(2))
+    assert torch.equal(assigned(ZeroVariance(), mixed, credit)[0].advantage, credit.advantage)
 
 
 @few

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from lit_rlvr import Batch, RLVRDataModule
 from lit_rlvr.advantages import Raw
 from lit_rlvr.credit import CreditCallback
+from lit_rlvr.engines import InProcessEngine
 from lit_rlvr.hashing import hash_integers
 from lit_rlvr.minibatch import MiniBatch
 from lit_rlvr.policy import load_policy
@@ -177,6 +179,37 @@ def test_covariances_on_micro_batches() -> None:
         # One token each, because 1 % of a micro-batch's tokens are less than one.
         wanted = sum(1 / int(part.sum()) for part in parts) / len(parts)
         assert step["credit/KLCov/held_fraction"] == pytest.approx(wanted)
+
+
+class FarEngine(InProcessEngine):
+    """An engine whose probabilities are e^-5 of the training model's."""
+
+    def exact(self, precision: str) -> bool:
+        return False
+
+    def generate(self, *args: Any) -> Any:
+        out = super().generate(*args)
+        return replace(out, logprobs=out.logprobs - 5.0, entropies=None)
+
+
+def test_importance_weights_reach_the_loss() -> None:
+    """Ratios of e^5, cut at 2, double the gradient."""
+    plain, doubled = train(tiny_module(), 1), train(tiny_module(engine=FarEngine()), 1, TruncatedImportance(2.0))
+    for parameter, gradient in plain.gradients[0].items():
+        torch.testing.assert_close(doubled.gradients[0][parameter], 2 * gradient)
+    assert doubled.metrics[0]["credit/TruncatedImportance/mean_weight"] == 2.0
+    assert doubled.metrics[0]["credit/TruncatedImportance/truncated"] == 1.0
+
+
+def test_negative_samples_alone_learn_under_nsr() -> None:
+    """The reward is minus the share of wrong responses, and what learns has a negative advantage."""
+    module = tiny_module(advantage=Raw())
+    metrics = train(module, 1, NegativeReinforcement(0.0, -1.0)).metrics[0]
+    assert 0 < metrics["rollout/correct"] < 1
+    assert metrics["rollout/shaped_reward"] == pytest.approx(metrics["rollout/correct"] - 1)
+    assert module.phase is not None
+    facts, credit = module.phase.rollout, module.phase.credit
+    assert torch.equal(credit.advantage, -(facts.correct == 0).float()[:, None] * facts.response_mask)
 
 
 def test_the_adaptive_bonus_resumes_exactly(tmp_path: Any) -> None:
