@@ -102,7 +102,8 @@ def kth_largest(values: Tensor, eligible: Tensor, k: int, reduce: Reduce) -> flo
 def quantile(values: Tensor, eligible: Tensor, q: float, reduce: Reduce) -> float:
     """The ``q`` quantile of the eligible values over all ranks, interpolated linearly; NaN when there are none.
 
-    The same float32 number as ``torch.quantile`` of all of them in one place, which goes up to 16 million.
+    The same float32 number as ``torch.quantile`` of all of them in one place, up to 2^24 of them. Above, the place of
+    the quantile is taken in float64, because float32 cannot count so far.
 
     Args:
         values: float32, of any shape.
@@ -113,7 +114,6 @@ def quantile(values: Tensor, eligible: Tensor, q: float, reduce: Reduce) -> floa
     n = int(reduce.sum(eligible.sum()))
     if n == 0:
         return math.nan
-    # torch.quantile takes its place in float32, which stops at 2^24.
     place = torch.tensor(q, dtype=torch.float32 if n <= 1 << 24 else torch.float64) * (n - 1)
     low, high = int(place.floor()), int(place.ceil())
     ends = [kth_largest(values, eligible, n - index, reduce) for index in dict.fromkeys((low, high))]
