@@ -15,8 +15,9 @@ from lit_rlvr.types import Credit, RolloutBatch
 class PositionShaping(CreditCallback):
     """A <- A + sign(A) * min(gamma * sigmoid(slope * (r - centre)), cap * |A|), with r = (t - 1) / L in [0, 1).
 
-    Tokens with A = 0 stay as they are. The paper applies it only at the start of the plateau, in rollout phases with
-    200 < step < 300: use ``first_step: 201, last_step: 299``, or ``stages: [plateau]`` with a stage detector.
+    Tokens with A = 0 stay as they are. The paper applies it only at the start of the plateau, for 200 < step < 300. Its
+    steps are rollout phases and count from 1, those here from 0: use ``first_step: 200, last_step: 298``, or ``stages:
+    [plateau]`` with a stage detector.
 
     Source: Deng et al. 2025 (arXiv 2508.02260) and its released code.
 
@@ -25,7 +26,7 @@ class PositionShaping(CreditCallback):
         slope: Steepness k of the sigmoid.
         centre: Relative position at which the bonus is half of ``gamma``.
         cap: Largest bonus as a share of the advantage.
-        first_step: First rollout phase to act in.
+        first_step: First rollout phase to act in; phases count from 0.
         last_step: Last rollout phase to act in; null: no end.
         stages: Act only in these stages.
         name: Name in logs and checkpoints.
