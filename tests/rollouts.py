@@ -150,8 +150,8 @@ def narrow(rollout: RolloutBatch, credit: Credit) -> tuple[RolloutBatch, Credit]
     names = ("response_ids", "response_mask", "old_logprobs", "entropies", "engine_logprobs")
     cut = {n: v[:, :width] for n in names if (v := getattr(rollout, n)) is not None}
     kl_coef = None if credit.kl_coef is None else credit.kl_coef[:, :width]
-    kept = (t[:, :width] for t in (credit.advantage, credit.weight, credit.count))
-    return replace(rollout, **cut), Credit(*kept, kl_coef)
+    advantage, weight, count = (t[:, :width] for t in (credit.advantage, credit.weight, credit.count))
+    return replace(rollout, **cut), Credit(advantage, weight, count, kl_coef)
 
 
 @dataclass

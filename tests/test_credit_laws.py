@@ -45,7 +45,7 @@ from torch.testing import assert_close
 
 from lit_rlvr.credit import CreditCallback, CreditContext, assign_credit, observe, penalties, shape_rewards
 from lit_rlvr.reduce import LocalReduce, Reduce
-from lit_rlvr.schedule import Ramp
+from lit_rlvr.schedule import Schedule
 from lit_rlvr.types import Credit, RolloutBatch, Tokens
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +75,7 @@ TABLE: dict[str, Entry] = {
         {
             "all": lambda: DefectPenalty(0.5, boxes=2, run=4),
             "boxes": lambda: DefectPenalty(0.5, None, 2, None, scripts=False),
-            "scheduled": lambda: DefectPenalty(Ramp("linear", 0.0, 1.0, 8), boxes=2),
+            "scheduled": lambda: DefectPenalty(Schedule("linear", 0.0, 1.0, 8), boxes=2),
         },
         {"cost 0": lambda: DefectPenalty(0.0), "nothing": lambda: DefectPenalty(1.0, None, None, None, False)},
     ),
@@ -85,7 +85,7 @@ TABLE: dict[str, Entry] = {
             "phase": lambda: EntropyAdvantage(),
             "mini-batch": lambda: EntropyAdvantage(0.1, scope="mini_batch"),
             "micro-batch": lambda: EntropyAdvantage(scope="micro_batch"),
-            "scheduled": lambda: EntropyAdvantage(Ramp("cosine", 0.0, 0.4, 9)),
+            "scheduled": lambda: EntropyAdvantage(Schedule("cosine", 0.0, 0.4, 9)),
         },
         {"alpha 0": lambda: EntropyAdvantage(0.0)},
     ),
@@ -93,7 +93,7 @@ TABLE: dict[str, Entry] = {
         "entropy_bonus",
         {
             "constant": lambda: EntropyBonus(),
-            "scheduled": lambda: EntropyBonus(Ramp("linear", 0.1, 0.0, 8)),
+            "scheduled": lambda: EntropyBonus(Schedule("linear", 0.1, 0.0, 8)),
             "adaptive": lambda: EntropyBonus(0.1, target=1.0, delta=0.05),
         },
         {"coefficient 0": lambda: EntropyBonus(0.0), "above the target": lambda: EntropyBonus(0.1, target=-1.0)},
@@ -103,7 +103,7 @@ TABLE: dict[str, Entry] = {
         {
             "mini-batch": lambda: KLCov(0.2),
             "micro-batch": lambda: KLCov(0.2, 0.5, scope="micro_batch"),
-            "scheduled": lambda: KLCov(0.2, Ramp("linear", 0.0, 1.0, 8)),
+            "scheduled": lambda: KLCov(0.2, Schedule("linear", 0.0, 1.0, 8)),
         },
         {"ratio 0": lambda: KLCov(0.0), "coefficient 0": lambda: KLCov(0.2, 0.0)},
     ),
@@ -118,7 +118,7 @@ TABLE: dict[str, Entry] = {
             "negative only": lambda: PositiveNegative(positive=0.0),
             "positive only": lambda: PositiveNegative(negative=0.0),
             "weighted": lambda: PositiveNegative(0.5, 2.0),
-            "scheduled": lambda: PositiveNegative(Ramp("linear", 0.0, 1.0, 8)),
+            "scheduled": lambda: PositiveNegative(Schedule("linear", 0.0, 1.0, 8)),
         },
         {"both 1": lambda: PositiveNegative()},
     ),
@@ -137,7 +137,7 @@ TABLE: dict[str, Entry] = {
         {
             "phase": lambda: ZeroVariance(),
             "mini-batch": lambda: ZeroVariance(0.2, "mini_batch"),
-            "scheduled": lambda: ZeroVariance(Ramp("linear", 0.0, 0.2, 8)),
+            "scheduled": lambda: ZeroVariance(Schedule("linear", 0.0, 0.2, 8)),
         },
         {},
     ),

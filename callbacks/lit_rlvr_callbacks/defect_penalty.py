@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_rlvr.credit import CreditCallback, CreditContext
 from lit_rlvr.reduce import mean
-from lit_rlvr.schedule import Schedule, at, ends, scheduled
+from lit_rlvr.schedule import Schedule, at, ends
 from lit_rlvr.types import Credit, RolloutBatch
 
 KINDS = ("repetition", "boxes", "run", "scripts")
@@ -44,7 +44,7 @@ class DefectPenalty(CreditCallback):
 
     def __init__(
         self,
-        cost: float | Schedule = 1.0,
+        cost: Schedule | float = 1.0,
         repetition: float | None = 0.35,
         boxes: int | None = 5,
         run: int | None = 500,
@@ -70,7 +70,7 @@ class DefectPenalty(CreditCallback):
         self._log(ctx, "", torch.ones(len(rollout), dtype=torch.bool))
 
     def shape_rewards(self, rollout: RolloutBatch, rewards: Tensor, ctx: CreditContext) -> Tensor:
-        if scheduled(self.cost):
+        if isinstance(self.cost, Schedule):
             ctx.log("cost", at(self.cost, ctx))
         return rewards - at(self.cost, ctx) * self._found.any(-1).to(rewards)
 

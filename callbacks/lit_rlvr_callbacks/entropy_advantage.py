@@ -8,7 +8,7 @@ import torch
 
 from lit_rlvr.credit import CreditCallback, CreditContext, Scope
 from lit_rlvr.reduce import mean
-from lit_rlvr.schedule import Schedule, at, ends, scheduled
+from lit_rlvr.schedule import Schedule, at, ends
 from lit_rlvr.types import Credit, RolloutBatch
 
 
@@ -35,7 +35,7 @@ class EntropyAdvantage(CreditCallback):
 
     def __init__(
         self,
-        alpha: float | Schedule = 0.4,
+        alpha: Schedule | float = 0.4,
         kappa: float = 2.0,
         scope: Scope = "phase",
         stages: list[str] | None = None,
@@ -53,7 +53,7 @@ class EntropyAdvantage(CreditCallback):
         advantage, mask = credit.advantage, rollout.response_mask
         free, cap = at(self.alpha, ctx) * entropies.to(advantage), advantage.abs() / self.kappa
         bonus = torch.minimum(free, cap) * mask
-        if scheduled(self.alpha):
+        if isinstance(self.alpha, Schedule):
             ctx.log("alpha", at(self.alpha, ctx))
         ctx.log("bonus", mean(ctx.reduce, bonus, mask))
         ctx.log("capped", mean(ctx.reduce, free > cap, mask & (advantage != 0)))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_rlvr.credit import CreditCallback, CreditContext
 from lit_rlvr.reduce import mean
-from lit_rlvr.schedule import Schedule, at, ends, scheduled
+from lit_rlvr.schedule import Schedule, at, ends
 from lit_rlvr.types import Credit, RolloutBatch, Tokens
 
 
@@ -37,7 +37,7 @@ class EntropyBonus(CreditCallback):
 
     def __init__(
         self,
-        coefficient: float | Schedule = 0.001,
+        coefficient: Schedule | float = 0.001,
         target: float | None = None,
         delta: float = 0.005,
         largest: float = 1.0,
@@ -45,7 +45,7 @@ class EntropyBonus(CreditCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(stages, name)
-        if target is not None and scheduled(coefficient):
+        if target is not None and isinstance(coefficient, Schedule):
             raise ValueError("EntropyBonus.coefficient is either scheduled or adapted to a target, not both")
         if min(ends(coefficient)) < 0 or delta < 0:
             raise ValueError(f"EntropyBonus.coefficient and delta must be >= 0, got {coefficient} and {delta}")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from lit_rlvr.credit import CreditContext
 from lit_rlvr.reduce import mean
-from lit_rlvr.schedule import Schedule, at, ends, scheduled
+from lit_rlvr.schedule import Schedule, at, ends
 from lit_rlvr.selection import sortable, top_k
 from lit_rlvr.types import Credit, RolloutBatch
 from lit_rlvr_callbacks.covariance import CovarianceCallback, covariance
@@ -40,7 +40,7 @@ class KLCov(CovarianceCallback):
     def __init__(
         self,
         ratio: float = 2e-3,
-        coefficient: float | Schedule = 1.0,
+        coefficient: Schedule | float = 1.0,
         scope: Literal["mini_batch", "micro_batch"] = "mini_batch",
         stages: list[str] | None = None,
         name: str | None = None,
@@ -59,7 +59,7 @@ class KLCov(CovarianceCallback):
         ctx.log("held_fraction", mean(ctx.reduce, held[eligible]))
         ctx.log("covariance", mean(ctx.reduce, value, eligible))
         ctx.log("covariance_held", mean(ctx.reduce, value, held))
-        if scheduled(self.coefficient):
+        if isinstance(self.coefficient, Schedule):
             ctx.log("coefficient", at(self.coefficient, ctx))
         coefficient = at(self.coefficient, ctx) * held * credit.count
         if not coefficient.any() and credit.kl_coef is None:

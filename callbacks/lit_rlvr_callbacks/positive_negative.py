@@ -8,7 +8,7 @@ import torch
 
 from lit_rlvr.credit import CreditCallback, CreditContext
 from lit_rlvr.reduce import mean
-from lit_rlvr.schedule import Schedule, at, ends, scheduled
+from lit_rlvr.schedule import Schedule, at, ends
 from lit_rlvr.types import Credit, RolloutBatch
 
 
@@ -35,8 +35,8 @@ class PositiveNegative(CreditCallback):
 
     def __init__(
         self,
-        positive: float | Schedule = 1.0,
-        negative: float | Schedule = 1.0,
+        positive: Schedule | float = 1.0,
+        negative: Schedule | float = 1.0,
         stages: list[str] | None = None,
         name: str | None = None,
     ) -> None:
@@ -52,7 +52,7 @@ class PositiveNegative(CreditCallback):
         factor = torch.ones_like(credit.weight).masked_fill(up, positive).masked_fill(down, negative)
         ctx.log("positive", mean(ctx.reduce, up[learns]))
         ctx.log("negative", mean(ctx.reduce, down[learns]))
-        if scheduled(self.positive) or scheduled(self.negative):
+        if isinstance(self.positive, Schedule) or isinstance(self.negative, Schedule):
             ctx.log("factor_positive", positive)
             ctx.log("factor_negative", negative)
         return replace(credit, weight=credit.weight * factor, count=credit.count.masked_fill(factor == 0, 0.0))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_rlvr.credit import CreditCallback, CreditContext
 from lit_rlvr.reduce import mean
-from lit_rlvr.schedule import Schedule, at, ends, scheduled
+from lit_rlvr.schedule import Schedule, at, ends
 from lit_rlvr.types import Credit, RolloutBatch
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class ZeroVariance(CreditCallback):
 
     def __init__(
         self,
-        alpha: float | Schedule = 0.1,
+        alpha: Schedule | float = 0.1,
         scope: Literal["phase", "mini_batch"] = "phase",
         stages: list[str] | None = None,
         name: str | None = None,
@@ -71,7 +71,7 @@ class ZeroVariance(CreditCallback):
         up, down = alpha * entropies, -alpha * (entropies.amax(-1, keepdim=True) - entropies)
         advantage = torch.where((right[:, None] & mask), up, credit.advantage)
         advantage = torch.where((wrong[:, None] & mask), down, advantage)
-        if scheduled(self.alpha):
+        if isinstance(self.alpha, Schedule):
             ctx.log("alpha", alpha)
         ctx.log("right", mean(ctx.reduce, right))
         ctx.log("wrong", mean(ctx.reduce, wrong))
