@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
 
@@ -85,7 +85,7 @@ class EntropyTopK(CreditCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(stages, name)
-        given = {"source": source, "scope": scope, "ranks": ranks, "normalize": normalize, "rule": rule}
+        given: dict[str, Any] = {"source": source, "scope": scope, "ranks": ranks, "normalize": normalize, "rule": rule}
         base = PRESETS.get(preset, PRESETS["invariant"])
         reading = replace(base, **{option: word for option, word in given.items() if word is not None})
         check_choices({**vars(reading), "preset": preset, "select": select, "band": band, "rho": rho})
