@@ -82,7 +82,7 @@ def test_each_response_has_its_own_length() -> None:
 
 @pytest.mark.parametrize(("step", "acts"), [(0, False), (199, False), (200, True), (298, True), (299, False)])
 def test_the_papers_window(step: int, acts: bool) -> None:
-    """200 < step < 300 of steps that count from 1; outside of it the credit is returned as it is and nothing is logged."""
+    """200 < step < 300, counted from 1; outside of it the credit is returned as it is and nothing is logged."""
     ctx, credit = CreditContext(step=step), full_credit(FOUR)
     options = yaml.safe_load(CONFIG.read_text())["trainer"]["callbacks+"][0]["init_args"]
     after = run_chain([PositionShaping(**options)], FOUR, credit, ctx)
