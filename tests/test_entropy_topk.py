@@ -18,6 +18,7 @@ from torch import Tensor
 from trl_source import trl_entropy_mask
 
 from lit_rlvr.credit import CreditContext
+from lit_rlvr.engines import InProcessEngine
 from lit_rlvr.schedule import Schedule
 from lit_rlvr.types import Credit, RolloutBatch
 
@@ -311,27 +312,30 @@ def test_rho_by_schedule() -> None:
     assert "rho" not in metrics(EntropyTopK(0.4), rollout)
 
 
+def checked(callback: EntropyTopK, engine: Any, dtype: str = "float32", precision: str = "32-true") -> None:
+    """Let ``callback`` look at a run's options."""
+    trainer = SimpleNamespace(precision=precision, strategy=None)
+    module: Any = SimpleNamespace(
+        engine=engine, trainer=trainer, dtype_name=dtype, batch=SimpleNamespace(steps_per_phase=4)
+    )
+    callback.check(module)
+
+
 def test_an_engine_that_cannot_tell_is_refused_for_rollout_entropies() -> None:
     """The engine's entropies are used only where it gives them exactly; ``old`` takes the scoring pass's instead."""
-
-    def module(exact: bool) -> Any:
-        engine = type("SomeEngine", (), {"exact": lambda self, precision: exact})()
-        trainer, batch = SimpleNamespace(precision="bf16-true"), SimpleNamespace(steps_per_phase=4)
-        return SimpleNamespace(engine=engine, trainer=trainer, batch=batch)
-
-    with pytest.raises(ValueError, match="EntropyTopK cannot use source: rollout, because SomeEngine does not give"):
-        EntropyTopK(source="rollout").check(module(exact=False))
-    EntropyTopK(source="rollout").check(module(exact=True))
-    EntropyTopK().check(module(exact=False))
+    checked(EntropyTopK(source="rollout"), InProcessEngine())
+    for inexact in ({"dtype": "bfloat16"}, {"precision": "bf16-mixed"}):
+        with pytest.raises(ValueError, match="EntropyTopK cannot use source: rollout, because InProcessEngine does"):
+            checked(EntropyTopK(source="rollout"), InProcessEngine(), **inexact)
+        checked(EntropyTopK(), InProcessEngine(), **inexact)
 
 
 def test_a_scoring_pass_is_announced(caplog: pytest.LogCaptureFixture) -> None:
     """``current`` at mini-batch scope costs one; nothing else does."""
     caplog.set_level("INFO")
-    module: Any = SimpleNamespace(batch=SimpleNamespace(steps_per_phase=4))
-    EntropyTopK(preset="paper_v2").check(module)
+    checked(EntropyTopK(preset="paper_v2"), InProcessEngine())
     assert caplog.messages == []
-    EntropyTopK(preset="paper_v2", scope="mini_batch").check(module)
+    checked(EntropyTopK(preset="paper_v2", scope="mini_batch"), InProcessEngine())
     assert caplog.messages == ["EntropyTopK: a scoring pass before each optimiser step of a phase but the first"]
 
 
