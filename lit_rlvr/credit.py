@@ -199,11 +199,10 @@ def credit_chain(callbacks: Sequence[Callback]) -> list[CreditCallback]:
             f"{gated[0]} acts only in some stages, but no stage detector is in the list; add StageDetector"
         )
     for callback in chain:
-        staged = [name for name, value in vars(callback).items() if isinstance(value, Schedule) and value.by_stage]
+        staged = [option for option, v in vars(callback).items() if isinstance(v, Schedule) and v.by_stage]
         if staged and not detectors:
-            raise ValueError(
-                f"{callback.state_key}.{staged[0]} goes by stage, but no stage detector is in the list; add StageDetector"
-            )
+            option = f"{callback.state_key}.{staged[0]}"
+            raise ValueError(f"{option} goes by stage, but no stage detector is in the list; add StageDetector")
     return chain
 
 

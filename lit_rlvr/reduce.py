@@ -85,3 +85,17 @@ def mean(reduce: Reduce, values: Tensor, mask: Tensor | None = None) -> float:
     picked = values.double() if mask is None else values[mask].double()
     total, count = reduce.sum(torch.stack([picked.sum(), torch.tensor(float(picked.numel())).to(picked)])).tolist()
     return total / count if count else 0.0
+
+
+def extremes(reduce: Reduce, values: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
+    """Smallest and largest of ``values`` over all ranks, where ``mask`` is true; (0.0, 0.0) when nothing is.
+
+    >>> extremes(LocalReduce(), torch.tensor([3.0, 1.0, 9.0]), torch.tensor([True, True, False]))
+    (1.0, 3.0)
+    """
+    picked = values.flatten() if mask is None else values[mask]
+    ends = torch.full((2,), -torch.inf, dtype=torch.float64, device=values.device)
+    if len(picked):
+        ends = torch.stack([-picked.amin(), picked.amax()]).double()
+    minus_smallest, largest = reduce.max(ends).tolist()
+    return (0.0 - minus_smallest, largest) if largest > -torch.inf else (0.0, 0.0)

@@ -1,7 +1,7 @@
 """Numbers that may change during training: constant, ramped over rollout phases, or by stage.
 
-An option that may be scheduled is annotated ``Schedule | float``, in this order: the command line's errors are then those
-of the schedule. It is read with :func:`at`, and its range is checked on :func:`ends`.
+An option that may be scheduled is annotated ``Schedule | float``, in this order: the command line's errors are then
+those of the schedule. It is read with :func:`at`, and its range is checked on :func:`ends`.
 """
 
 from __future__ import annotations

@@ -150,21 +150,40 @@ TABLE: dict[str, Entry] = {
             "bottom, all": lambda: EntropyTopK(rho=0.6, select="bottom", normalize="all"),
             "random": lambda: EntropyTopK(rho=0.5, select="random"),
             "random, all": lambda: EntropyTopK(rho=0.5, select="random", normalize="all"),
+            "band": lambda: EntropyTopK(select="band", band=[0.3, 0.7]),
+            "quantile": lambda: EntropyTopK(rho=0.3, rule="quantile"),
+            "scheduled": lambda: EntropyTopK(Schedule(start=0.9, end=0.1, phases=8)),
+            "mini-batch": lambda: EntropyTopK(rho=0.3, source="current", scope="mini_batch"),
+            "paper_v2": lambda: EntropyTopK(rho=0.3, preset="paper_v2"),
+            "paper_v1": lambda: EntropyTopK(rho=0.3, preset="paper_v1"),
+            "trl": lambda: EntropyTopK(rho=0.3, preset="trl"),
+            "each rank": lambda: EntropyTopK(rho=0.3, ranks="local"),
         },
         {
             "top": lambda: EntropyTopK(rho=1.0),
             "bottom, all": lambda: EntropyTopK(rho=1.0, select="bottom", normalize="all"),
             "random": lambda: EntropyTopK(rho=1.0, select="random"),
+            "band": lambda: EntropyTopK(select="band", band=[0.0, 1.0]),
+            "paper_v2": lambda: EntropyTopK(rho=1.0, preset="paper_v2"),
+            "trl": lambda: EntropyTopK(rho=1.0, preset="trl"),
         },
     ),
     "PerplexityShaping": Entry(
         "perplexity",
-        {"low": lambda: PerplexityShaping(alpha=0.1), "high": lambda: PerplexityShaping(alpha=-0.1)},
+        {
+            "low": lambda: PerplexityShaping(alpha=0.1),
+            "high": lambda: PerplexityShaping(alpha=0.1, favour="high"),
+            "scheduled": lambda: PerplexityShaping(Schedule("cosine", 0.0, 0.2, 9)),
+        },
         {"alpha 0": lambda: PerplexityShaping(alpha=0.0)},
     ),
     "PositionShaping": Entry(
         "position",
-        {"end": lambda: PositionShaping(gamma=0.4), "window": lambda: PositionShaping(first_step=5, last_step=5)},
+        {
+            "end": lambda: PositionShaping(gamma=0.4),
+            "window": lambda: PositionShaping(first_step=5, last_step=5),
+            "scheduled": lambda: PositionShaping(Schedule(start=0.0, end=0.4, phases=9)),
+        },
         {
             "gamma 0": lambda: PositionShaping(gamma=0.0),
             "cap 0": lambda: PositionShaping(cap=0.0),
@@ -331,6 +350,8 @@ def test_two_ranks_are_one_process(make: Make, phase: tuple[RolloutBatch, Credit
     """Whole groups on each rank, each padded to its own longest row; a rank may be without rows."""
     if make().scope == "micro_batch":
         pytest.skip("what it chooses among is one forward pass of one rank")
+    if getattr(make(), "ranks", "global") == "local":
+        pytest.skip("it was asked to choose on each rank alone")
     rollout, credit = phase
     place = {int(draw): homes[i] for i, draw in enumerate(rollout.group.unique())}
     rows = [torch.tensor([i for i, d in enumerate(rollout.group.tolist()) if place[d] == r]).long() for r in (0, 1)]
@@ -418,7 +439,13 @@ def test_every_configuration_adds_a_callback(file: Path) -> None:
     text = file.read_text()
     fragment = yaml.safe_load(text)
     assert text.startswith("# ")
-    assert {section: list(options) for section, options in fragment.items()} == {"trainer": ["callbacks+"]}
-    (entry,) = fragment["trainer"]["callbacks+"]
+    (entry,) = fragment["trainer"].pop("callbacks+")
     made = getattr(lit_rlvr_callbacks, entry["class_path"])(**entry["init_args"])
+    needed = fragment.pop("model", None)
+    assert fragment == {"trainer": {}}
+    if made.scope == "micro_batch":
+        assert list(needed) == ["batch"]
+        assert list(needed["batch"]) == ["micro_rows"]
+    else:
+        assert needed is None
     assert {key: getattr(made, key) for key in entry["init_args"]} == entry["init_args"]

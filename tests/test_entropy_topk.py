@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from lit_rlvr_callbacks import EntropyTopK
 from rollouts import build_rollout, full_credit, phases, random_credit, random_rollout, run_chain
 from torch import Tensor
-from trl_source import trl_function
+from trl_source import trl_entropy_mask
 
 from lit_rlvr.credit import CreditContext
+from lit_rlvr.engines import InProcessEngine
+from lit_rlvr.schedule import Schedule
 from lit_rlvr.types import Credit, RolloutBatch
 
 ENTROPIES = [[0.1, 0.9, 0.5], [0.7, 0.2]]
@@ -120,7 +122,7 @@ def test_many_zeros_do_not_keep_everything() -> None:
     entropies = rollout.entropies.clone()
     entropies[0, 0] = 2.0
     rollout = replace(rollout, entropies=entropies)
-    assert int(trl_mask(rollout, 0.2).sum()) == 100
+    assert int(trl_entropy_mask(rollout.entropies, rollout.response_mask, 0.2).sum()) == 100
     mask = kept(EntropyTopK(0.2), rollout)
     assert int(mask.sum()) == 20
     assert bool(mask[rollout.entropies > 0].all())
@@ -150,14 +152,6 @@ def test_random_keeps_every_token_equally_often() -> None:
     assert bool(((times - 120).abs() < 46).all())
 
 
-def trl_mask(rollout: RolloutBatch, rho: float) -> Tensor:
-    """TRL's mask of the tokens whose entropy reaches the (1 - rho) quantile, on one process."""
-    same = SimpleNamespace(pad_across_processes=lambda x, **_: x, gather=lambda x: x)
-    method = trl_function("trainer/grpo_trainer.py", "get_high_entropy_mask")
-    mask: Tensor = partial(method, SimpleNamespace(accelerator=same))(rollout.entropies, rollout.response_mask, 1 - rho)
-    return mask
-
-
 # Shares whose quantile places are exact in float32, so that interpolation does not push TRL's threshold past a token.
 @few
 @given(
@@ -172,7 +166,7 @@ def test_against_trl(rho: float, lengths: list[int], seed: int) -> None:
     n = sum(lengths)
     values = (torch.randperm(n, generator=torch.Generator().manual_seed(seed)) / 8).tolist()
     rollout = build_rollout([[values.pop() for _ in range(length)] for length in lengths])
-    ours, theirs = kept(EntropyTopK(rho), rollout), trl_mask(rollout, rho)
+    ours, theirs = kept(EntropyTopK(rho), rollout), trl_entropy_mask(rollout.entropies, rollout.response_mask, rho)
     assert int(theirs.sum()) == math.floor(rho * (n - 1)) + 1
     assert not bool((theirs & ~ours).any())
     if int(theirs.sum()) == math.ceil(rho * n):
@@ -187,7 +181,7 @@ def test_against_trl(rho: float, lengths: list[int], seed: int) -> None:
 def test_metrics_by_hand() -> None:
     """Kept .9 and .7; dropped .1, .5, .2; the third response keeps nothing."""
     rollout = build_rollout([[0.1, 0.9], [0.7, 0.5], [0.2]])
-    common = {"kept_fraction": 2 / 5, "sequences_without_kept": 1 / 3}
+    common = {"kept_fraction": 2 / 5, "sequences_without_kept": 1 / 3, "kept_per_sequence": 2 / 3}
     assert metrics(EntropyTopK(0.4), rollout) == pytest.approx(
         {**common, "entropy_kept": 0.8, "entropy_dropped": 0.8 / 3, "threshold": 0.7}
     )
@@ -196,7 +190,7 @@ def test_metrics_by_hand() -> None:
         {**common, "entropy_kept": 0.15, "entropy_dropped": 2.1 / 3, "threshold": 0.2}
     )
     assert sorted(metrics(EntropyTopK(0.4, "random"), rollout)) == sorted(
-        ["kept_fraction", "entropy_kept", "entropy_dropped", "sequences_without_kept"]
+        ["kept_fraction", "entropy_kept", "entropy_dropped", "kept_per_sequence", "sequences_without_kept"]
     )
 
 
@@ -205,8 +199,12 @@ def test_metrics_are_about_the_tokens_that_learnt_before() -> None:
     rollout = build_rollout([[0.1, 0.9], [5.0, 6.0]])
     credit = full_credit(rollout)
     credit = replace(credit, weight=credit.weight * torch.tensor([[1.0], [0.0]]))
-    wanted = {"kept_fraction": 0.5, "entropy_kept": 0.9, "entropy_dropped": 0.1, "sequences_without_kept": 0.0}
-    assert metrics(EntropyTopK(0.5), rollout, credit) == pytest.approx({**wanted, "threshold": 0.9})
+    assert metrics(EntropyTopK(0.5), rollout, credit) == pytest.approx(
+        {
+            "kept_fraction": 0.5, "entropy_kept": 0.9, "entropy_dropped": 0.1, "kept_per_sequence": 1.0,
+            "sequences_without_kept": 0.0, "threshold": 0.9,
+        }
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("select", ["top", "bottom", "random"])
@@ -230,11 +228,115 @@ def test_rho_out_of_range_is_refused(rho: float) -> None:
         EntropyTopK(rho)
 
 
-@pytest.mark.parametrize("options", [{"select": "Top"}, {"normalize": "none"}])
-def test_unknown_words_are_refused(options: dict[str, Any]) -> None:
-    """Not taken for the last of the choices."""
-    with pytest.raises(ValueError, match="select must be top, bottom or random and normalize selected or all"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"select": "Top"}, "select must be one of top, bottom, band, random, got 'Top'"),
+        ({"normalize": "none"}, "normalize must be one of selected, all, got 'none'"),
+        ({"preset": "paper"}, "preset must be one of invariant, paper_v2, paper_v1, trl, got 'paper'"),
+        ({"source": "current"}, r"source must be old or rollout at scope: phase"),
+        ({"preset": "trl", "scope": "phase"}, r"source must be old or rollout at scope: phase"),
+        ({"preset": "trl", "select": "random"}, "rule must be exact with select: random"),
+        ({"select": "band"}, "band must be given with select: band"),
+        ({"band": [0.4, 0.6]}, "band must be given with select: band, and with that alone"),
+        ({"select": "band", "band": [0.6, 0.4]}, r"band must be \[low, high\] with 0 <= low < high <= 1, got"),
+        ({"select": "band", "band": [0.6]}, r"band must be \[low, high\]"),
+        ({"select": "band", "band": [0.4, 0.6], "rho": 0.2}, "rho must be left out with select: band"),
+        ({"rho": Schedule(start=1.0, end=0.0, phases=3)}, r"rho must lie in \(0, 1\], got 0\.0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:
+    """With a sentence that names the option; nothing is taken for something else."""
+    with pytest.raises(ValueError, match=f"EntropyTopK.{message}"):
         EntropyTopK(**options)
+
+
+@pytest.mark.parametrize(
+    ("band", "wanted"),
+    [
+        # 5 tokens .1 .2 .5 .7 .9; the top 1 - low less the top 1 - high, in whole tokens: ceil(5 x).
+        ([0.0, 0.4], [[1, 0, 0], [0, 1, 0]]),
+        ([0.4, 0.8], [[0, 0, 1], [1, 0, 0]]),
+        ([0.8, 1.0], [[0, 1, 0], [0, 0, 0]]),
+        ([0.0, 1.0], [[1, 1, 1], [1, 1, 0]]),
+    ],
+)
+def test_a_band_by_hand(band: list[float], wanted: list[list[int]]) -> None:
+    """Bands that meet share no token, and those from 0 to 1 hold all."""
+    rollout = build_rollout(ENTROPIES)
+    assert kept(EntropyTopK(select="band", band=band), rollout).int().tolist() == wanted
+    seen = metrics(EntropyTopK(select="band", band=band), rollout)
+    inside = [
+        value for row, marks in zip(ENTROPIES, wanted, strict=True) for value, k in zip(row, marks, strict=False) if k
+    ]
+    assert (seen["threshold"], seen["threshold_high"]) == pytest.approx((min(inside), max(inside)))
+
+
+@few
+@given(phases(), st.floats(0.01, 0.99), st.sampled_from(["exact", "quantile"]))
+def test_bands_that_meet_part_the_tokens(phase: tuple[RolloutBatch, Credit], edge: float, rule: Any) -> None:
+    """Every eligible token is in one of the two, and the upper one is the top 1 - edge."""
+    rollout, credit = phase
+    low, high = (
+        kept(EntropyTopK(select="band", band=band, rule=rule), rollout, credit) for band in ([0.0, edge], [edge, 1.0])
+    )
+    assert torch.equal(low ^ high, credit.weight > 0)
+    assert torch.equal(high, kept(EntropyTopK(1 - edge, rule=rule), rollout, credit))
+
+
+@few
+@given(phases(), st.floats(0.01, 1.0), st.sampled_from(["top", "bottom"]))
+def test_the_quantile_rule_against_numpy(phase: tuple[RolloutBatch, Credit], rho: float, select: Any) -> None:
+    """H >= the interpolated 1 - rho quantile of the eligible tokens; ``bottom`` is the same of -H."""
+    rollout, credit = phase
+    eligible = credit.weight > 0
+    score = rollout.entropies if select == "top" else -rollout.entropies
+    wanted = eligible
+    if bool(eligible.any()):
+        # In float32, as torch.quantile: float64 would differ by a token where 1 - rho hits a token's place exactly.
+        wanted = eligible & (score >= torch.quantile(score[eligible], 1 - rho))
+        numpy = np.quantile(score[eligible].double().numpy(), 1 - rho)
+        clear = (score.double() - numpy).abs() > 1e-5
+        assert torch.equal(wanted & clear, eligible & clear & (score.double() >= numpy))
+    assert torch.equal(kept(EntropyTopK(rho, select, rule="quantile"), rollout, credit), wanted)
+
+
+def test_rho_by_schedule() -> None:
+    """1, .8, .6, .4 of five tokens; ``rho`` is logged then, and only then."""
+    rollout, schedule = build_rollout(ENTROPIES), Schedule(start=1.0, end=0.4, phases=3)
+    for step, count in enumerate((5, 4, 3, 2, 2)):
+        ctx = CreditContext(step=step)
+        after = run_chain([EntropyTopK(schedule)], rollout, full_credit(rollout), ctx)
+        assert int((after.weight > 0).sum()) == count
+        assert ctx.metrics["credit/EntropyTopK/rho"] == pytest.approx(count / 5)
+    assert "rho" not in metrics(EntropyTopK(0.4), rollout)
+
+
+def checked(callback: EntropyTopK, engine: Any, dtype: str = "float32", precision: str = "32-true") -> None:
+    """Let ``callback`` look at a run's options."""
+    trainer = SimpleNamespace(precision=precision, strategy=None)
+    module: Any = SimpleNamespace(
+        engine=engine, trainer=trainer, dtype_name=dtype, batch=SimpleNamespace(steps_per_phase=4)
+    )
+    callback.check(module)
+
+
+def test_an_engine_that_cannot_tell_is_refused_for_rollout_entropies() -> None:
+    """The engine's entropies are used only where it gives them exactly; ``old`` takes the scoring pass's instead."""
+    checked(EntropyTopK(source="rollout"), InProcessEngine())
+    for inexact in ({"dtype": "bfloat16"}, {"precision": "bf16-mixed"}):
+        with pytest.raises(ValueError, match="EntropyTopK cannot use source: rollout, because InProcessEngine does"):
+            checked(EntropyTopK(source="rollout"), InProcessEngine(), **inexact)
+        checked(EntropyTopK(), InProcessEngine(), **inexact)
+
+
+def test_a_scoring_pass_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    """``current`` at mini-batch scope costs one; nothing else does."""
+    caplog.set_level("INFO")
+    checked(EntropyTopK(preset="paper_v2"), InProcessEngine())
+    assert caplog.messages == []
+    checked(EntropyTopK(preset="paper_v2", scope="mini_batch"), InProcessEngine())
+    assert caplog.messages == ["EntropyTopK: a scoring pass before each optimiser step of a phase but the first"]
 
 
 @few

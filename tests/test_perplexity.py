@@ -14,11 +14,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lit_rlvr_callbacks import PerplexityShaping
+from lit_rlvr_callbacks.perplexity import standardise
 from rollouts import build_rollout, full_credit, phases, run_chain
 from torch import Tensor
 from torch.testing import assert_close
 
 from lit_rlvr.credit import CreditContext
+from lit_rlvr.schedule import Schedule
 from lit_rlvr.types import Credit, RolloutBatch
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
@@ -32,9 +34,9 @@ def rollout_of(log_ppl: Sequence[float], group: Sequence[int] | None = None, len
     return build_rollout(rows, rows, group)
 
 
-def factors(rollout: RolloutBatch, alpha: float) -> Tensor:
+def factors(rollout: RolloutBatch, alpha: float, favour: Any = "low") -> Tensor:
     """What advantages of 1 become, one number per response."""
-    after = run_chain([PerplexityShaping(alpha)], rollout, full_credit(rollout), CreditContext()).advantage
+    after = run_chain([PerplexityShaping(alpha, favour)], rollout, full_credit(rollout), CreditContext()).advantage
     assert bool(((after == after[:, :1]) | ~rollout.response_mask).all())
     return after[:, 0]
 
@@ -57,7 +59,7 @@ def reference(rollout: RolloutBatch, credit: Credit, alpha: float) -> tuple[Any,
 def test_two_responses_by_hand() -> None:
     """log PPL 1 and 3: mean 2, population deviation 1, so w = -1 and 1."""
     near(factors(rollout_of([1.0, 3.0]), 0.1), torch.tensor([1.1, 0.9]).double())
-    near(factors(rollout_of([1.0, 3.0]), -0.1), torch.tensor([0.9, 1.1]).double())
+    near(factors(rollout_of([1.0, 3.0]), 0.1, "high"), torch.tensor([0.9, 1.1]).double())
 
 
 def test_the_clamp() -> None:
@@ -123,17 +125,17 @@ def test_only_the_advantage_changes() -> None:
 
 
 @few
-@given(phases(), st.floats(-0.5, 0.5))
-def test_against_numpy(phase: tuple[RolloutBatch, Credit], alpha: float) -> None:
+@given(phases(), st.floats(0, 0.5), st.sampled_from(["low", "high"]))
+def test_against_numpy(phase: tuple[RolloutBatch, Credit], alpha: float, favour: Any) -> None:
     """The formula in float64, for groups of all sizes.
 
     The callback averages float32 log-probabilities, so log PPL (below 10) is off by 1e-6 at most, and w by that over
     the deviation, which is 1e-2 at least or 0; alpha is at most .5. Hence 5e-5.
     """
     rollout, credit = phase
-    wanted, sigmas = reference(rollout, credit, alpha)
+    wanted, sigmas = reference(rollout, credit, alpha if favour == "low" else -alpha)
     assume(all(sigma == 0 or sigma > 1e-2 for sigma in sigmas))
-    after = run_chain([PerplexityShaping(alpha)], rollout, credit, CreditContext()).advantage
+    after = run_chain([PerplexityShaping(alpha, favour)], rollout, credit, CreditContext()).advantage
     assert_close(after.double().numpy(), wanted, rtol=5e-5, atol=1e-6)
 
 
@@ -148,6 +150,55 @@ def test_there_are_always_inliers(values: list[float]) -> None:
     assert q1 - 1.5 * (q3 - q1) - rounding <= middle <= q3 + 1.5 * (q3 - q1) + rounding
 
 
+def by_group(values: Tensor, group: Tensor) -> Tensor:
+    """What ``standardise`` does, one group at a time."""
+    scores = torch.zeros_like(values, dtype=torch.float64)
+    for number in group.unique():
+        rows = group == number
+        members = values[rows].double()
+        low, high = torch.quantile(members, torch.tensor([0.25, 0.75]).to(members))
+        reach = 1.5 * (high - low)
+        inliers = members[(members >= low - reach) & (members <= high + reach)]
+        deviation = inliers.std(correction=0)
+        scores[rows] = (members - inliers.mean()) / torch.where(deviation > 1e-6, deviation, 1.0)
+    return scores
+
+
+def test_thousands_of_groups_at_once_are_as_one_by_one() -> None:
+    """2000 groups of 1 to 9 responses, rows mixed, some far off; and no rows at all."""
+    generator = torch.Generator().manual_seed(0)
+    size = torch.randint(1, 10, (2000,), generator=generator)
+    group = torch.arange(2000).repeat_interleave(size)
+    group = group[torch.randperm(len(group), generator=generator)] * 7
+    values = torch.randn(len(group), generator=generator, dtype=torch.float64).pow(3)
+    assert_close(standardise(values, group), by_group(values, group))
+    assert standardise(values[:0], group[:0]).shape == (0,)
+
+
+def test_alpha_by_schedule() -> None:
+    """Linear from 0 to .1 over two phases: half of it in phase 1, and the log says so."""
+    rollout, schedule = rollout_of([1.0, 3.0]), Schedule(start=0.0, end=0.1, phases=2)
+    for step, alpha in ((0, 0.0), (1, 0.05), (2, 0.1), (3, 0.1)):
+        ctx = CreditContext(step=step)
+        after = run_chain([PerplexityShaping(schedule)], rollout, full_credit(rollout), ctx).advantage
+        near(after[:, 0], torch.tensor([1 + alpha, 1 - alpha]).double())
+        assert ctx.metrics["credit/PerplexityShaping/alpha"] == pytest.approx(alpha)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": -0.1}, r"alpha must be >= 0, got -0\.1; favour: high turns it round"),
+        ({"alpha": Schedule(start=0.1, end=-0.2, phases=3)}, r"alpha must be >= 0, got -0\.2"),
+        ({"favour": "both"}, "favour must be low or high, got 'both'"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    """In a sentence that says what to use."""
+    with pytest.raises(ValueError, match=message):
+        PerplexityShaping(**options)
+
+
 def test_metrics_by_hand() -> None:
     """Mean log-perplexity of responses (not tokens), and the mean distance of the factor from 1."""
     ctx = CreditContext()
@@ -156,4 +207,6 @@ def test_metrics_by_hand() -> None:
     assert ctx.metrics == {
         "credit/PerplexityShaping/log_perplexity": pytest.approx(3.0),
         "credit/PerplexityShaping/factor_deviation": pytest.approx(0.2 / 3),
+        "credit/PerplexityShaping/factor_min": pytest.approx(0.9),
+        "credit/PerplexityShaping/factor_max": pytest.approx(1.1),
     }

@@ -14,12 +14,13 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lit_rlvr_callbacks import PositionShaping
+from lit_rlvr_callbacks import PositionShaping, StageDetector
 from rollouts import build_rollout, full_credit, phases, run_chain
 from torch import Tensor
 from torch.testing import assert_close
 
-from lit_rlvr.credit import CreditContext
+from lit_rlvr.credit import CreditCallback, CreditContext
+from lit_rlvr.schedule import Schedule
 from lit_rlvr.types import Credit, RolloutBatch
 
 near = partial(assert_close, check_dtype=False)
@@ -79,15 +80,16 @@ def test_each_response_has_its_own_length() -> None:
     near(after[1], torch.tensor([1 + float(BONUS[0, 0]), 1.05, 1.0, 1.0]).double())
 
 
-@pytest.mark.parametrize(("step", "acts"), [(0, False), (200, False), (201, True), (299, True), (300, False)])
+@pytest.mark.parametrize(("step", "acts"), [(0, False), (199, False), (200, True), (298, True), (299, False)])
 def test_the_papers_window(step: int, acts: bool) -> None:
-    """200 < step < 300; outside of it the credit is returned as it is and nothing is logged."""
+    """200 < step < 300, counted from 1; outside of it the credit is returned as it is and nothing is logged."""
     ctx, credit = CreditContext(step=step), full_credit(FOUR)
     options = yaml.safe_load(CONFIG.read_text())["trainer"]["callbacks+"][0]["init_args"]
     after = run_chain([PositionShaping(**options)], FOUR, credit, ctx)
     assert (after is not credit) == acts
     near(after.advantage, 1 + BONUS * acts)
-    assert list(ctx.metrics) == ["credit/PositionShaping/bonus"] * acts
+    names = ["bonus", "factor_min", "factor_max"] if acts else []
+    assert list(ctx.metrics) == [f"credit/PositionShaping/{name}" for name in names]
 
 
 def test_without_a_window_it_always_acts() -> None:
@@ -118,20 +120,34 @@ def test_against_numpy(
     assert after.count is credit.count
 
 
-def test_the_metric_is_the_mean_bonus_over_tokens() -> None:
-    """Bonuses count without sign, padding not at all."""
+def test_metrics_by_hand() -> None:
+    """Bonuses count without sign, padding not at all; the factor is that on tokens with an advantage."""
     ctx = CreditContext()
-    rollout = build_rollout([[0.5] * 4, [0.5]])
-    run_chain([PositionShaping()], rollout, full_credit(rollout, [-1.0, 1.0]), ctx)
-    wanted = (float(BONUS.sum()) + float(BONUS[0, 0])) / 5
-    assert ctx.metrics == {"credit/PositionShaping/bonus": pytest.approx(wanted)}
+    rollout = build_rollout([[0.5] * 4, [0.5], [0.5] * 2])
+    run_chain([PositionShaping()], rollout, full_credit(rollout, [-1.0, 1.0, 0.0]), ctx)
+    wanted = {
+        "bonus": (float(BONUS.sum()) + float(BONUS[0, 0])) / 7,
+        "factor_min": 1 + float(BONUS[0, 0]),
+        "factor_max": 1 + float(BONUS[0, 3]),
+    }
+    assert ctx.metrics == {f"credit/PositionShaping/{name}": pytest.approx(value) for name, value in wanted.items()}
+
+
+def test_gamma_by_stage() -> None:
+    """No bonus while accuracy rises; the log says which gamma it was."""
+    chain: list[CreditCallback] = [StageDetector(at_step=3), PositionShaping(Schedule(rising=0.0, plateau=0.2))]
+    for step, gamma in ((2, 0.0), (3, 0.2)):
+        ctx = CreditContext(step=step)
+        near(run_chain(chain, FOUR, full_credit(FOUR), ctx).advantage, 1 + BONUS * gamma / 0.1)
+        assert ctx.metrics["credit/PositionShaping/gamma"] == gamma
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gamma": -0.1}, "gamma and cap must be >= 0, got -0.1 and 0.5"),
-        ({"cap": -1.0}, "gamma and cap must be >= 0, got 0.1 and -1.0"),
+        ({"gamma": -0.1}, "gamma must be >= 0, got -0.1"),
+        ({"gamma": Schedule(rising=0.1, plateau=-0.1)}, "gamma must be >= 0, got -0.1"),
+        ({"cap": -1.0}, "cap must be >= 0, got -1.0"),
         ({"first_step": 5, "last_step": 4}, "acts from step 5 to 4: that window is empty"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def test_it_ends_exactly_and_stays_between_its_ends(
     values = [schedule.at(step) for step in range(begin + phases + 3)]
     assert (values[begin], values[-1]) == (start, end)
     assert ends(schedule) == (start, end)
-    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(values)]
     rounding = 1e-14 * (abs(start) + abs(end))
     assert all(step * math.copysign(1, end - start) >= -rounding for step in steps)
 

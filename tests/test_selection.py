@@ -14,7 +14,7 @@ from rollouts import ThreadedReduce, run_ranks
 from torch import Tensor
 
 from lit_rlvr.reduce import LocalReduce, Reduce
-from lit_rlvr.selection import share, sortable, top_k
+from lit_rlvr.selection import from_sortable, kth_largest, quantile, share, sortable, top_k
 
 few = settings(max_examples=50, deadline=None, derandomize=True)
 LARGEST = 2**63 - 1
@@ -164,3 +164,87 @@ def test_ranks_that_do_not_make_the_same_calls_fail() -> None:
         run_ranks(2, one_more, timeout=0.2)
     assert type(caught.value).__name__ == "BrokenBarrierError"
     assert [int(total) for total in run_ranks(3, lambda reduce: reduce.sum(torch.tensor(reduce.rank)))] == [3, 3, 3]
+
+
+@st.composite
+def spread_values(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[int], int]:
+    """Values with ties, at least one that counts, and a rank for each of them."""
+    values = draw(st.lists(st.one_of(st.sampled_from([0.0, 0.5, -0.0]), st.floats(-9, 9, width=32)), min_size=1))
+    counts = draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
+    counts[draw(st.integers(0, len(values) - 1))] = True
+    ranks = draw(st.integers(1, 3))
+    home = draw(st.lists(st.integers(0, ranks - 1), min_size=len(values), max_size=len(values)))
+    return torch.tensor(values), torch.tensor(counts), home, ranks
+
+
+@few
+@given(spread_values(), st.floats(0, 1))
+def test_order_statistics_over_ranks(problem: tuple[Tensor, Tensor, list[int], int], q: float) -> None:
+    """Each k-th largest against a sort, the quantile against torch's of all values in one place: the same float32."""
+    values, counts, home, ranks = problem
+    place, ordered = torch.tensor(home), values[counts].sort(descending=True).values
+
+    def rank(reduce: ThreadedReduce) -> list[float]:
+        own, of_them = values[place == reduce.rank], counts[place == reduce.rank]
+        found = [kth_largest(own, of_them, k, reduce) for k in {1, len(ordered) // 2 + 1, len(ordered)}]
+        return [*found, quantile(own, of_them, q, reduce)]
+
+    wanted = [float(ordered[k - 1]) for k in {1, len(ordered) // 2 + 1, len(ordered)}]
+    assert run_ranks(ranks, rank) == [[*wanted, float(torch.quantile(values[counts], q))]] * ranks
+
+
+def test_order_statistics_of_too_few() -> None:
+    """There is no such value; the quantile of nothing is no number."""
+    one, nothing = torch.tensor([1.0]), torch.zeros(0)
+    for k in (0, 2):
+        with pytest.raises(ValueError, match=f"there is no {k}-th largest of 1 values"):
+            kth_largest(one, torch.tensor([True]), k, LocalReduce())
+    assert math.isnan(quantile(nothing, nothing.bool(), 0.5, LocalReduce()))
+
+
+@few
+@given(st.floats(width=32, allow_nan=False))
+def test_sortable_and_back(value: float) -> None:
+    """Every float32 is found again; -0.0 comes back as 0.0."""
+    assert from_sortable(int(sortable(torch.tensor([value])))) == value
+
+
+class Crowd(LocalReduce):
+    """As if each of ``size`` ranks held what this one holds."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def sum(self, value: Tensor) -> Tensor:
+        return value * self.size
+
+
+class Low(LocalReduce):
+    """As if another rank held ``size`` tokens more, all of which come last."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def sum(self, value: Tensor) -> Tensor:
+        return value + torch.nn.functional.pad(torch.tensor([self.size]), (0, value.numel() - 1)).view_as(value)
+
+
+def test_quantiles_of_more_tokens_than_float32_can_count() -> None:
+    """2^30 tokens: each of 0 ... 7 2^27 times. Where the place falls between two values it is interpolated.
+
+    At q = .125 the place is .125 (2^30 - 1), an eighth short of where the ones begin; in float32 it would be there.
+    """
+    values, everyone = torch.arange(8.0), torch.ones(8, dtype=torch.bool)
+    crowd, each = Crowd(1 << 27), 1 << 27
+    wanted = {0.0: 0.0, 0.125: 0.875, 0.3: 2.0, 0.5: 3.5, 0.8: 6.0, 1.0: 7.0}
+    assert {q: quantile(values, everyone, q, crowd) for q in wanted} == wanted
+    assert [kth_largest(values, everyone, k, crowd) for k in (each, each + 1, 8 * each)] == [7.0, 6.0, 0.0]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_choosing_among_more_tokens_than_float32_can_count(k: int) -> None:
+    """Another rank's 2^25 + 1 tokens come after all of ours."""
+    keys = [torch.tensor([5, 9, 7, 9]) << 20, torch.tensor([1, 2, 3, 4])]
+    everyone = torch.ones(4, dtype=torch.bool)
+    chosen = top_k(keys, everyone, k, Low((1 << 25) + 1))
+    assert chosen.nonzero().flatten().tolist() == sorted([3, 1, 2, 0][:k])

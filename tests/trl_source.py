@@ -29,13 +29,40 @@ def trl_function(file: str, name: str, **names: Any) -> Any:
     return namespace[name]
 
 
+def trl_entropy_mask(entropies: Tensor, mask: Tensor, rho: float, everywhere: Tensor | None = None) -> Tensor:
+    """TRL's mask of the tokens whose entropy reaches the (1 - rho) quantile.
+
+    Args:
+        entropies: This rank's entropies [B, T].
+        mask: This rank's response tokens [B, T].
+        rho: TRL's ``top_entropy_quantile``.
+        everywhere: The entropies of all ranks' response tokens, where there are several.
+    """
+
+    def gather(own: Tensor) -> Tensor:
+        return own if everywhere is None else everywhere
+
+    accelerator = SimpleNamespace(pad_across_processes=lambda own, **_: own, gather=gather)
+    method = trl_function("trainer/grpo_trainer.py", "get_high_entropy_mask")
+    found: Tensor = method(SimpleNamespace(accelerator=accelerator), entropies, mask, 1 - rho)
+    return found
+
+
 def trl_loss(
-    logprobs: Tensor, inputs: dict[str, Tensor], kind: str, beta: float, delta: float | None, **others: Any
+    logprobs: Tensor,
+    inputs: dict[str, Tensor],
+    kind: str,
+    beta: float,
+    delta: float | None,
+    entropies: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Any, Any]:
     """TRL's own GRPOTrainer._compute_loss on given log-probabilities; returns the loss and its metrics."""
     metrics: Any = {"train": defaultdict(list)}
+    seen = torch.zeros_like(logprobs) if entropies is None else entropies
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, torch.zeros_like(logprobs), None),
+        _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, seen, None),
+        get_high_entropy_mask=lambda entropies, mask, q: trl_entropy_mask(entropies, mask, 1 - q),
         args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
         accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
         model=SimpleNamespace(training=True),
