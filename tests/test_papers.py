@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import CONFIGS, UNTRACKED, Outcome, succeed
+from command_line import CONFIGS, UNTRACKED, succeed
 from rollouts import build_rollout, full_credit
 from test_configs import holds
 
@@ -66,13 +66,24 @@ def run_of(file: Path, folder: Path, started: list[CLI]) -> Any:
     return started[-1]
 
 
-def explained(file: Path, folder: Path, *more: str) -> Outcome:
-    return succeed(folder, "explain", *layers(file, *more), UNTRACKED)
+def explained(file: Path, folder: Path, *more: str) -> str:
+    return succeed(folder, "explain", *layers(file, *more), UNTRACKED).out
 
 
 @pytest.mark.parametrize("file", EVERY_RUN, ids=name_of)
-def test_every_run_is_explained_without_hub_and_data(file: Path, tmp_path: Path) -> None:
-    out = explained(file, tmp_path).out
+def test_every_run_is_explained_without_hub_and_data(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's numbers are the paper's, and each value of the file stands in the resolved configuration."""
+    resolved: list[str] = []
+    explain = CLI.explain
+
+    def keep(cli: CLI, **options: Any) -> None:
+        resolved.append(cli._parser("explain").dump(cli.config["explain"], skip_none=False))
+        explain(cli, **options)
+
+    monkeypatch.setattr(CLI, "explain", keep)
+    out = explained(file, tmp_path)
     wang = name_of(file).startswith("wang2025")
     responses, limit = (16, 29696 if file.stem == "long" else 20480) if wang else (8, 8192)
     assert f"512 prompts x {responses} responses = {512 * responses} rollouts of at most {limit} tokens" in out
@@ -81,12 +92,7 @@ def test_every_run_is_explained_without_hub_and_data(file: Path, tmp_path: Path)
     assert "is not within reach; its configuration is the one known here" in out
     assert f"prompts count as {2048 if wang else 1024} tokens" in out
     assert ("the model's context is 4096" in out) == (file.stem == "math_7b")
-
-
-@pytest.mark.parametrize("file", FRAGMENTS, ids=name_of)
-def test_a_fragment_means_what_it_says(file: Path, tmp_path: Path) -> None:
-    printed = succeed(tmp_path, "fit", *layers(file), "--print_config")
-    assert holds(yaml.safe_load(printed.out), yaml.safe_load(file.read_text()))
+    assert holds(yaml.safe_load(resolved[0]), yaml.safe_load(file.read_text()))
 
 
 def test_no_file_repeats_another() -> None:
@@ -174,10 +180,10 @@ def test_the_questions_of_still_3_are_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MAIN)
 def test_a_tiny_twin_has_the_runs_structure(name: str, tmp_path: Path) -> None:
-    out = explained(PAPERS / f"{name}.yaml", tmp_path, "tiny").out
+    out = explained(PAPERS / f"{name}.yaml", tmp_path, "tiny")
     assert "= 16 optimiser step(s) per phase" in out
     assert "max_steps 32 = 2 phases" in out
-    full = explained(PAPERS / f"{name}.yaml", tmp_path).out
+    full = explained(PAPERS / f"{name}.yaml", tmp_path)
     assert ("EntropyTopK (micro_batch" in out) == ("EntropyTopK (micro_batch" in full) == (name == "wang2025")
 
 
