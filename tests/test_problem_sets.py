@@ -116,6 +116,9 @@ class Fixed:
         self.right = right
         self.model: Any = None
 
+    def sync(self, *_: Any) -> None:
+        """Nothing: there are no weights."""
+
     def generate(self, policy: Any, tokenizer: Any, prompts: Any, uid: torch.Tensor, *_: Any) -> Generation:
         self.uid = uid.tolist()
         length = torch.tensor([1 + prompt for _, prompt, _ in self.uid])
@@ -139,7 +142,8 @@ def test_each_set_is_reported_and_their_mean_weighs_sets_alike() -> None:
         type("Encoded", (), {"prompt": Prompt(i, "?", benchmark=n), "tokens": (1,)}) for i, n in enumerate(names)
     ]
     data = type("Data", (), {"verifier": fixed})
-    module: Any = type("Module", (), {"engine": fixed, "policy": None, "tokenizer": fixed, "seed": 0, "data": data})
+    facts = {"engine": fixed, "policy": None, "tokenizer": fixed, "seed": 0, "data": data, "reduce": None}
+    module: Any = type("Module", (), {**facts, "trainer": type("Trainer", (), {"global_step": 0})})
     evaluator = Evaluator({"way": Evaluation(samples=2)})
     for _ in range(2):  # the second evaluation begins afresh
         for batch in (prompts[:1], prompts[1:]):
