@@ -10,7 +10,8 @@ import pytest
 from transformers import Qwen3Config
 
 from lit_rlvr.__main__ import main
-from lit_rlvr.explain import Cluster, readable
+from lit_rlvr.explain import readable
+from lit_rlvr.facts import Cluster
 from lit_rlvr.memory import estimate
 
 HERE = Path(__file__).parent
