@@ -140,7 +140,7 @@ def scope_words(module: Any, callback: CreditCallback) -> list[str]:
     A mini-batch is scored once more for the current policy, except in a phase's first step, where that is the old one;
     on a micro-batch the current policy's view comes with the forward pass.
     """
-    words = [callback.scope]
+    words: list[str] = [callback.scope]
     if callback.scope == "micro_batch":
         words[0] += f" of {module.batch.micro_rows} responses"
     if callback.reads_current and callback.scope == "mini_batch":
