@@ -32,10 +32,12 @@ from lit_rlvr.checkpoint import PhaseCheckpoint  # noqa: E402
 from lit_rlvr.checks import check_chain, check_trainer, check_trainer_options  # noqa: E402
 from lit_rlvr.cli_errors import class_names, clear, interpolation, missing_file, option_keys  # noqa: E402
 from lit_rlvr.config_files import MODE, check_file, keep_comments_as_text  # noqa: E402
+from lit_rlvr.cluster import Machines  # noqa: E402
 from lit_rlvr.credit import all_callbacks, credit_chain  # noqa: E402
 from lit_rlvr.data import RLVRDataModule  # noqa: E402
 from lit_rlvr.engines import Engine  # noqa: E402
-from lit_rlvr.explain import Cluster, explain  # noqa: E402
+from lit_rlvr.explain import explain  # noqa: E402
+from lit_rlvr.facts import Cluster  # noqa: E402
 from lit_rlvr.gae import GAE as GAE  # noqa: E402  # imported so that YAML may use its short name
 from lit_rlvr.losses import PolicyLoss  # noqa: E402
 from lit_rlvr.module import RLVRModule  # noqa: E402
@@ -112,8 +114,15 @@ OWN_COMMANDS = ("explain", "doctor", "warmup")
 class RLVRTrainer(pl.Trainer):
     """Lightning's Trainer with the commands that it lacks."""
 
-    def explain(self, model: RLVRModule, datamodule: RLVRDataModule) -> None:
-        """Print what a run would do: steps, tokens, algorithm, credit chain and memory; no weights are loaded."""
+    def explain(self, model: RLVRModule, datamodule: RLVRDataModule, cluster: str | None = None) -> None:
+        """Print what a run would do: steps, tokens, algorithm, credit chain and memory; no weights are loaded.
+
+        Args:
+            model: The module.
+            datamodule: The data module.
+            cluster: Estimate the time of a phase on machines like 8x8xH100 (nodes, devices of each, kind), with a
+                sharded strategy, from stated ceilings; null: no estimate.
+        """
 
     def doctor(self, model: RLVRModule, datamodule: RLVRDataModule) -> None:
         """Check machine, configuration, model, task and verifier in seconds; no weights are loaded."""
@@ -196,12 +205,13 @@ class CLI(LightningCLI):
         if (folder := self._warm_start()) is not None:
             self.model.start_from(folder)
 
-    def explain(self, **_: Any) -> None:
+    def explain(self, cluster: str | None = None, **_: Any) -> None:
         """The ``explain`` command."""
         module, data, trainer = self._connected()
         check_trainer(module, trainer)
         check_chain(module)
-        explain(module, data, trainer, Cluster.of(self._asked), self._asked)
+        machines = None if cluster is None else Machines.of(cluster)
+        explain(module, data, trainer, Cluster.of(self._asked), self._asked, machines)
 
     def doctor(self, **_: Any) -> None:
         """The ``doctor`` command."""

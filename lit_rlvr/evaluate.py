@@ -58,7 +58,7 @@ class Evaluator(torch.nn.Module):
             out = module.engine.generate(module.policy, module.tokenizer, tokens, uid, sampling, module.seed)
             texts = decode(module.tokenizer, out)
             verdicts = module.data.verifier([p.prompt for p in prompts for _ in range(n)], texts)
-            for benchmark in self.benchmarks or [None]:
+            for benchmark in self.benchmarks or (None,):
                 of_set = [i for i, p in enumerate(prompts) if p.prompt.benchmark == benchmark]
                 own = [i * n + s for i in of_set for s in range(n)]
                 metrics = self._metrics(name, benchmark)

@@ -2,98 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoModelForCausalLM
 
-from lit_rlvr.architectures import model_config
+from lit_rlvr.cluster import Machines, Work, estimate_lines
 from lit_rlvr.credit import CreditCallback, all_callbacks, credit_chain, describe_chain
 from lit_rlvr.engines import InProcessEngine
+from lit_rlvr.facts import Cluster, Facts
 from lit_rlvr.memory import Memory, estimate
 from lit_rlvr.settings import Batch
-from lit_rlvr.tasks.readers import UnreachableError
-
-SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "FSDP2Strategy")
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Where the run would go.
-
-    Args:
-        devices: Devices over all nodes.
-        sharded: Whether weights, gradients and optimizer state are spread over them.
-    """
-
-    devices: int
-    sharded: bool
-
-    @classmethod
-    def of(cls, trainer: dict[str, Any]) -> Cluster:
-        """Read the ``trainer`` section of a configuration; ``auto`` counts as one device."""
-        devices = trainer.get("devices", 1)
-        if isinstance(devices, (list, tuple)):
-            each = len(devices)
-        else:
-            each = int(devices) if str(devices).isdigit() else 1
-        strategy = trainer.get("strategy", "auto")
-        name = strategy if isinstance(strategy, str) else type(strategy).__name__
-        return cls(each * int(trainer.get("num_nodes") or 1), name in SHARDED or name.startswith("fsdp"))
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of model and problems here.
-
-    Args:
-        config: The policy's Hugging Face configuration.
-        critic: The value model's, or None where there is none.
-        problems: Number of training problems; None where they cannot be read here.
-        prompt: Longest training prompt in tokens, or the longest that would be used.
-        held_out: Number of validation problems, by set.
-        notes: What could not be had, in sentences.
-    """
-
-    config: Any
-    critic: Any
-    problems: int | None
-    prompt: int
-    held_out: dict[str | None, int]
-    notes: list[str]
-
-    @classmethod
-    def of(cls, module: Any, data: Any) -> Facts:
-        """Ask for everything once."""
-        config, there = model_config(module.model)
-        critic = None
-        if module.critic_settings is not None:
-            critic, _ = model_config(module.critic_settings.model or module.model)
-        notes = [] if there else [f"{module.model} is not within reach; its configuration is the one known here"]
-        try:
-            if not there:
-                raise UnreachableError("without its tokenizer")
-            lengths = [len(encoded.tokens) for encoded in data.encoded("train")]
-            held_out = Counter(encoded.prompt.benchmark for encoded in data.encoded("val"))
-        except UnreachableError as error:
-            prompt = data.max_prompt_tokens or 0
-            assumed = (
-                f"prompts count as {prompt} tokens" if prompt else "prompts are not counted, set max_prompt_tokens"
-            )
-            notes.append(f"the problems cannot be read here ({error}): their numbers are left out, {assumed}")
-            return cls(config, critic, None, prompt, {}, notes)
-        return cls(config, critic, len(lengths), max(lengths), dict(held_out), notes)
-
-    def width(self, module: Any) -> int:
-        """Longest prompt and response together, in tokens."""
-        longest: int = self.prompt + module.sampling.max_new_tokens
-        return longest
-
-
-def explain(module: Any, data: Any, trainer: Any, cluster: Cluster, asked: dict[str, Any]) -> None:
+def explain(
+    module: Any, data: Any, trainer: Any, cluster: Cluster, asked: dict[str, Any], machines: Machines | None = None
+) -> None:
     """Print the explanation.
 
     Args:
@@ -102,7 +29,10 @@ def explain(module: Any, data: Any, trainer: Any, cluster: Cluster, asked: dict[
         trainer: A Trainer with the run's callbacks.
         cluster: Where the run would go.
         asked: The ``trainer`` section of the configuration.
+        machines: Where to estimate the time of a phase, in place of ``cluster``.
     """
+    if machines is not None:
+        cluster = Cluster(machines.devices, sharded=True)
     out = Console(highlight=False, soft_wrap=True)
     chain = credit_chain(all_callbacks(trainer))
     facts = Facts.of(module, data)
@@ -120,7 +50,12 @@ def explain(module: Any, data: Any, trainer: Any, cluster: Cluster, asked: dict[
         for line in lines:
             out.print(f"  {line}", markup=False)
     out.print("[bold]Memory of one device[/bold]")
-    out.print(memory_table(memory_of(module, cluster, facts)))
+    memory = memory_of(module, cluster, facts)
+    out.print(memory_table(memory))
+    if machines is not None:
+        out.print(f"[bold]A phase on {machines.nodes} x {machines.each} {machines.kind}, estimated[/bold]")
+        for line in estimate_lines(work_of(module, chain, cluster, facts), machines, memory.training):
+            out.print(f"  {line}", markup=False)
 
 
 def phase_lines(module: Any, facts: Facts, asked: dict[str, Any]) -> list[str]:
@@ -205,7 +140,7 @@ def scope_words(module: Any, callback: CreditCallback) -> list[str]:
     A mini-batch is scored once more for the current policy, except in a phase's first step, where that is the old one;
     on a micro-batch the current policy's view comes with the forward pass.
     """
-    words = [callback.scope]
+    words: list[str] = [callback.scope]
     if callback.scope == "micro_batch":
         words[0] += f" of {module.batch.micro_rows} responses"
     if callback.reads_current and callback.scope == "mini_batch":
@@ -282,6 +217,27 @@ def memory_of(module: Any, cluster: Cluster, facts: Facts) -> Memory:
         gradient_checkpointing=module.gradient_checkpointing,
         parameters_on_device=1 / cluster.devices if cluster.sharded else 1.0,
         critic=facts.critic,
+    )
+
+
+def work_of(module: Any, chain: list[CreditCallback], cluster: Cluster, facts: Facts) -> Work:
+    """What a phase has to do, for an estimate of its time."""
+    batch = module.batch
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(facts.config).parameters())
+    rescored = sum(c.reads_current and c.scope == "mini_batch" for c in chain) > 0
+    critic = module.critic_settings is not None
+    return Work.of(
+        facts.config,
+        parameters,
+        rows=batch.prompts * batch.responses,
+        prompt=facts.prompt,
+        response=module.sampling.max_new_tokens,
+        scorings=1 + (module.kl is not None) + critic + rescored * batch.epochs,
+        learnings=batch.epochs * (1 + critic),
+        recomputed=module.gradient_checkpointing,
+        micro_batches=batch.steps_per_phase
+        * -(-own_rows(module, cluster) // micro_rows(module, cluster, facts.width(module))),
     )
 
 

@@ -1,4 +1,7 @@
-"""Every YAML file below ``configs/``: parses, means what it says, and makes a run."""
+"""Every YAML file below ``configs/``: parses, means what it says, and makes a run.
+
+Those in ``papers/`` go over one another, so they have a test file of their own.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from lit_rlvr.credit import all_callbacks, credit_chain
 from lit_rlvr.rollout_pages import RolloutPages
 
 EVERY = sorted(CONFIGS.rglob("*.yaml"))
-FILES = [file for file in EVERY if "arms" not in yaml.safe_load(file.read_text())]
-"""Without those of `lit-rlvr compare`, which are in test_compare.py."""
+OF_PAPERS = sorted((CONFIGS / "papers").rglob("*.yaml"))
+FILES = [file for file in EVERY if file not in OF_PAPERS and "arms" not in yaml.safe_load(file.read_text())]
+"""Without those of `lit-rlvr compare`, which are in test_compare.py, and the papers' runs, in test_papers.py."""
 EVERY_FILE = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
 NEEDED = ("--model.model=builtin:tiny-qwen3-75k", "--data.task=last_digit_arithmetic")
 HERE = ("--trainer.accelerator=cpu", "--warmup=null", "--trainer.logger=false", "--trainer.precision=32-true")
@@ -84,7 +88,7 @@ def test_a_file_makes_a_run(file: Path, tmp_path: Path, started: list[CLI]) -> N
 
 def test_a_comment_opens_every_file() -> None:
     """It says what the file is for."""
-    assert [file for file in FILES if not file.read_text().startswith("# ")] == []
+    assert [file for file in EVERY if not file.read_text().startswith("# ")] == []
 
 
 def test_all_fragments_of_callbacks_go_together(tmp_path: Path, started: list[CLI]) -> None:

@@ -31,7 +31,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "callbacks/README.md", *sorted(DOCS.glob("*.md"))]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 SMALL = ("--warmup=null", "--model.batch.prompts=4", "--model.batch.minibatch_prompts=2", "--data.eval_prompts=4")
-NOT_HERE = ("qwen3_8b.yaml", "ddp.yaml", "smollm2.yaml")
+NOT_HERE = ("qwen3_8b.yaml", "ddp.yaml", "smollm2.yaml", "wang2025.yaml", "deng2025.yaml")
 """Configurations that are only read: for GPUs, for several processes, for a large download."""
 PROGRAMS = {"make", "lit-rlvr", "cp", "mlflow", "pip", "source"}
 

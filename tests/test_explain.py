@@ -5,13 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import Qwen3Config
 
 from lit_rlvr.__main__ import main
-from lit_rlvr.explain import Cluster, readable
+from lit_rlvr.credit import CreditCallback
+from lit_rlvr.explain import readable, scope_words
+from lit_rlvr.facts import Cluster
 from lit_rlvr.memory import estimate
+from lit_rlvr.settings import Batch
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
@@ -53,6 +58,58 @@ def test_every_option_that_is_on_is_named(capsys: pytest.CaptureFixture[str]) ->
     assert "aggregation: SequenceMean()" in out
     assert "dynamic_sampling" not in out
     assert "reference                  295.0 KiB" in out
+
+
+def test_a_critic_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its passes, and the memory of a second model beside the first."""
+    out = explained(capsys, "--model.advantage=GAE", "--model.critic.lr=1e-5", "--model.batch.epochs=3")
+    assert "critic: Critic(model=None, lr=1e-05, clip=0.2)" in out
+    assert "critic: +1 pass for values, and +1 forward and backward pass in each of 3 epoch(s)" in out
+    assert "critic                     885.0 KiB" in out
+
+
+def test_what_a_phase_costs_beside_learning(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rounds of sampling, the scheduler's end in phases, and passes for old and reference log-probabilities."""
+    out = explained(capsys, "--model.dynamic_sampling.max_rounds=5", "--model.kl.beta=0.1", "--model.dtype=bfloat16")
+    assert "replaced in up to 5 round(s): 1x the rollouts where none is, 2x where every other one is, 5x = 1,280" in out
+    assert "LinearLR counts optimiser steps: 2 per phase; it ends after 5 steps = 2.5 phases" in out
+    assert "old log-probabilities: +1 scoring pass" in out
+    assert "reference: +1 scoring pass" in out
+    assert "model's context" not in out
+    longer = explained(capsys, "--model.sampling.max_new_tokens=200")
+    assert "prompt and response may take 208 tokens: the model's context is 128" in longer
+
+
+def test_scopes_and_their_cost_are_said() -> None:
+    class Penalising(CreditCallback):
+        def penalty(self, tokens: Any, ctx: Any) -> None:
+            return None
+
+        def shape_rewards(self, rollout: Any, rewards: Any, ctx: Any) -> Any:
+            return rewards
+
+    module = SimpleNamespace(batch=Batch(prompts=8, minibatch_prompts=2, micro_rows=3))
+    callback = CreditCallback()
+    assert scope_words(module, callback) == ["phase"]
+    callback.scope, callback.reads_current = "mini_batch", True
+    assert scope_words(module, callback) == [
+        "mini_batch", "reads the current policy: +1 scoring pass in 3 of 4 steps"
+    ]  # fmt: skip
+    callback.scope = "micro_batch"
+    assert scope_words(module, callback) == [
+        "micro_batch of 3 responses", "reads the current policy: no pass of its own"
+    ]  # fmt: skip
+    words = scope_words(module, Penalising())
+    assert words == ["phase", "adds to the loss of every response token", "shapes rewards"]
+
+
+def test_conflicts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """As they would be before training."""
+    config = ("explain", "--config", str(CONFIGS / "quickstart.yaml"))
+    assert main([*config, "--model.batch.micro_rows=2"]) == 2
+    assert "batch.micro_rows is for callbacks that decide per micro-batch" in capsys.readouterr().err
+    assert main([*config, "--model.loss=GSPO"]) == 2
+    assert "GSPO has one ratio and one gradient per response, so EntropyTopK cannot" in capsys.readouterr().err
 
 
 def test_the_cluster_is_read_from_the_trainer_section() -> None:

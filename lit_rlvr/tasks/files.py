@@ -59,8 +59,8 @@ class ProblemFiles(Task):
 
     train: Place
     rewards: Mapping[str, Reward]
-    val: Place | Mapping[str, ProblemSet] | None = None
-    test: Place | Mapping[str, ProblemSet] | None = None
+    val: Mapping[str, ProblemSet] | Place | None = None
+    test: Mapping[str, ProblemSet] | Place | None = None
     question: str = "question"
     question_pattern: str | None = None
     answer: str | None = "answer"
