@@ -157,6 +157,7 @@ def test_a_mistake_is_one_sentence(case: str, write: Write) -> None:
         (("--arms=low,hihg",), "arms: there is no arm 'hihg'; did you mean high?"),
         (("--arms=high",), "the baseline 'low' must be among the arms"),
         (("--seeds=0,0",), "seeds must be different whole numbers"),
+        (("--seeds=0,one",), "argument --seeds: expected whole numbers separated by commas, got '0,one'"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(options: tuple[str, ...], sentence: str, write: Write) -> None:
@@ -428,6 +429,14 @@ def test_mlflow_has_a_parent_run_and_nested_ones(write: Write, tmp_path: Path) -
     loggers = low.log.read_text()
     assert '"class_path": "MLflow"' in loggers
     assert runs["low seed 0"].info.run_id in loggers
+
+
+def test_an_mlflow_that_does_not_work_is_said_before_anything_runs(write: Write) -> None:
+    write(track=True, tracking_uri="nowhere://at/all")
+    outcome = compare()
+    assert outcome.code == 2
+    assert outcome.err.startswith("lit-rlvr: error: MLflow does not work; `track: false` does without it: ")
+    assert began() == []
 
 
 def test_help_does_not_wait_for_torch() -> None:
