@@ -1,6 +1,6 @@
 """Stands in for ``lit-rlvr fit``: writes in milliseconds what a run leaves.
 
-Options of its own: ``fake.level``, the held-out result without the seed's share; ``fake.code``, to end with it, without
+Options of its own: ``fake.level``, the held-out result with seed 0; ``fake.code``, to end with it, without
 a report; ``fake.fail_seed``, to do so with one seed only; ``fake.wait``, to wait for a file; ``fake.gate_at``, to make
 that file as soon as so many runs have begun.
 """
@@ -35,7 +35,8 @@ def wait(gate: Path) -> None:
 
 def leave_results() -> None:
     """Report and metrics."""
-    value = float(options.get("fake.level", "0.5")) + int(seed) / 100
+    level = float(options.get("fake.level", "0.5"))
+    value = level + int(seed) * level / 50
     report = {"evaluations": {"before training": {}, "after RLVR": {"sampled/mean_at_1": value, "sampled/length": 28}}}
     (folder / "metrics").mkdir()
     rows = [f"{step},{value * step / 10},{'' if step % 2 else 0.5}" for step in range(1, 11)]

@@ -48,7 +48,10 @@ def _words(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(word) for word in _words(text)]
+    words = _words(text)
+    if not all(word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}")
+    return list(map(int, words))
 
 
 def fail(sentence: str) -> None:
@@ -135,12 +138,21 @@ def compare(comparison: Comparison, program: Sequence[str], command: str, table_
 
 
 def open_record(comparison: Comparison) -> Any:
-    """The comparison's record in MLflow; None without tracking."""
+    """The comparison's record in MLflow; None without tracking.
+
+    Raises:
+        ValueError: When MLflow does not work.
+    """
     if not comparison.track:
         return None
+    from mlflow.exceptions import MlflowException
+
     from lit_rlvr.compare.record import Record
 
-    return Record(comparison)
+    try:
+        return Record(comparison)
+    except MlflowException as error:
+        raise ValueError(f"MLflow does not work; `track: false` does without it: {error}") from error
 
 
 def work(comparison: Comparison, runs: Sequence[Run], program: Sequence[str], record: Any, lock: int) -> None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
 
+ROUNDING = 1e-9
+"""Differences that are equal to this share of the values are equal."""
+
 Better = Literal["higher", "lower"] | None
 """Which values of a measure are better; None: neither."""
 
@@ -28,7 +31,7 @@ class Summary:
 class Difference:
     """Mean of arm minus baseline over ``n`` seeds that both have, with a confidence interval.
 
-    ``low`` and ``high`` are None with one seed.
+    ``low`` and ``high`` are None where there is no spread to estimate one from: with one seed, or equal differences.
     """
 
     n: int
@@ -53,7 +56,8 @@ def paired_difference(
 ) -> Difference | None:
     """Mean difference d of the pairs, and d ± t · s / √n with n - 1 degrees of freedom.
 
-    Pairing removes what a seed does to both arms alike.
+    Pairing removes what a seed does to both arms alike. Measures are coarse (shares of a few hundred problems, whole
+    steps), so a few differences may well be equal. No interval is given then: one of no width would claim certainty.
 
     Args:
         arm: Value by seed.
@@ -69,8 +73,9 @@ def paired_difference(
     if not pairs:
         return None
     mean = statistics.fmean(pairs)
-    if len(pairs) == 1:
-        return Difference(1, mean, None, None)
+    largest = max(abs(values[seed]) for values in (arm, baseline) for seed in arm.keys() & baseline.keys())
+    if max(pairs) - min(pairs) <= ROUNDING * largest:
+        return Difference(len(pairs), mean, None, None)
     quantile = float(stdtrit(len(pairs) - 1, (1 + confidence) / 2))
     half = quantile * statistics.stdev(pairs) / sqrt(len(pairs))
     return Difference(len(pairs), mean, mean - half, mean + half)
@@ -85,7 +90,9 @@ def verdict(difference: Difference | None, better: Better) -> str:
     if difference is None:
         return "no seed in common"
     if difference.low is None or difference.high is None:
-        return "one seed: no interval"
+        if difference.n == 1:
+            return "one seed: no interval"
+        return "no difference found" if difference.mean == 0 else "the same in every pair: no interval"
     if difference.low <= 0 <= difference.high:
         return "no difference found"
     direction = "higher" if difference.mean > 0 else "lower"
