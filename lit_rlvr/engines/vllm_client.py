@@ -174,8 +174,8 @@ class VLLMClient:
             )
         if not self.ask("POST", "/reset_prefix_cache")["success"]:
             raise RuntimeError(
-                f"the vLLM server at {self.address} is at work for somebody else, and would go on with what it computed "
-                "from old weights; a server serves one run"
+                f"the vLLM server at {self.address} is at work for somebody else, and would go on with what it "
+                "computed from old weights; a server serves one run"
             )
         self.ask("POST", "/update_weight_version", json={"new_version": version})
 
