@@ -121,7 +121,7 @@ def test_supported_versions_are_met(version: str, serve: Any) -> None:
 def test_no_server_is_said_after_all_tries() -> None:
     engine = VLLMServerEngine(["http://127.0.0.1:9"], retries=2)
     with pytest.raises(
-        ConnectionError, match="there is no vLLM server at http://127.0.0.1:9; start one with: lit-rlvr"
+        ConnectionError, match="there is no vLLM server at http://127.0.0.1:9; start one with"
     ):
         engine.setup()
     assert engine.metrics(HERE)["engine/retries"] == 2
@@ -138,7 +138,7 @@ def test_a_silent_server_is_told_from_none(serve: Any) -> None:
 @pytest.mark.parametrize("sizes", [(VOCABULARY + 1, HIDDEN), (VOCABULARY, HIDDEN * 2)])
 def test_another_model_is_refused_before_weights_are_sent(sizes: tuple[int, int], serve: Any) -> None:
     fake, address = serve(*sizes)
-    with pytest.raises(ValueError, match=f"another model than the policy: .* {sizes[0]} and {sizes[1]}, the policy's"):
+    with pytest.raises(ValueError, match=rf"another model than the policy: .* {sizes[0]} and {sizes[1]}, the policy's"):
         ready(address)
     assert fake.bodies("/collective_rpc") == [{"method": "lit_rlvr_about", "kwargs": {}}]
 
@@ -165,7 +165,7 @@ def test_every_server_gets_the_policys_weights(file_bytes: int, serve: Any, tmp_
             assert fake.name.endswith(f"-{step}")
             assert [path for _, path, _, _ in fake.asked][-2:] == ["/reset_prefix_cache", "/update_weight_version"]
     calls = [body["method"].removeprefix("lit_rlvr_") for body in one.bodies("/collective_rpc")]
-    loads = {1: len(list(named_weights(policy))), 3000: 8, 2**20: 1}[file_bytes]
+    loads = {1: len(list(named_weights(policy))), 3000: 7, 2**20: 1}[file_bytes]
     assert calls == ["about", *2 * ["begin", *["load"] * loads, "finish"]]
     numbers = [b["kwargs"]["number"] for b in one.bodies("/collective_rpc") if b["method"] == "lit_rlvr_load"]
     assert numbers == [*range(loads), *range(loads)]
@@ -292,7 +292,7 @@ def test_prompts_are_spread_evenly(serve: Any) -> None:
 
 
 def test_a_seed_belongs_to_its_sample(serve: Any) -> None:
-    """A group in parts, or prompts in another order, have the same responses; other seeds, phases and draws have not."""
+    """Parts of groups, and prompts in another order, have the same responses; other seeds, phases and draws have not."""
     engine, uid = ready(serve()[1]), make_uid(4, 4)
     whole = generate(engine, uid=uid).ids[:, 0].view(4, 4)
     part = generate(engine, uid=make_uid(4, 2, first=2)).ids[:, 0].view(4, 2)
@@ -334,7 +334,7 @@ def test_answers_that_cannot_be_learnt_from_are_errors(spoil: Any, said: str, se
 def test_what_is_too_long_for_the_server_is_refused(serve: Any) -> None:
     engine = ready(serve()[1], serve(context=20)[1])
     generate(engine, sampling=Sampling(max_new_tokens=16))
-    with pytest.raises(ValueError, match="a prompt of 4 tokens and max_new_tokens=17 exceed .* context of 20 tokens"):
+    with pytest.raises(ValueError, match=r"a prompt of 4 tokens and max_new_tokens=17 exceed .* context of 20 tokens"):
         generate(engine, sampling=Sampling(max_new_tokens=17))
 
 
@@ -361,7 +361,7 @@ def test_what_a_server_refuses_is_not_repeated(serve: Any) -> None:
 # -- several ranks -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("servers", "calls"), [(1, [6]), (2, [3, 3]), (4, [2, 1, 2, 1])])
+@pytest.mark.parametrize(("servers", "calls"), [(1, [6]), (2, [3, 3]), (4, [2, 2, 1, 1])])
 def test_ranks_share_the_servers(servers: int, calls: list[int], serve: Any) -> None:
     """Each has its own, as far as they go; rank 0 pushes, once, to all."""
     fakes = [serve() for _ in range(servers)]
