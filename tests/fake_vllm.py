@@ -117,7 +117,7 @@ class FakeVLLM:
         if self.choices is not None:
             return 200, {"choices": self.choices(self, body)}
         # The first token tells whose response it is.
-        first = [2 + (sampling["seed"] + i) % 40 for i in range(sampling["n"])]
+        first = [2 + (sampling["seed"] + i) % (self.about["vocabulary"] - 2) for i in range(sampling["n"])]
         return 200, {"choices": [self.choice(i, [token, END]) for i, token in enumerate(first)]}
 
     def choice(self, index: int, tokens: list[int], reason: str = "stop") -> dict[str, Any]:

@@ -120,9 +120,7 @@ def test_supported_versions_are_met(version: str, serve: Any) -> None:
 
 def test_no_server_is_said_after_all_tries() -> None:
     engine = VLLMServerEngine(["http://127.0.0.1:9"], retries=2)
-    with pytest.raises(
-        ConnectionError, match="there is no vLLM server at http://127.0.0.1:9; start one with"
-    ):
+    with pytest.raises(ConnectionError, match=r"there is no vLLM server at http://127\.0\.0\.1:9; start one with"):
         engine.setup()
     assert engine.metrics(HERE)["engine/retries"] == 2
 
@@ -292,7 +290,7 @@ def test_prompts_are_spread_evenly(serve: Any) -> None:
 
 
 def test_a_seed_belongs_to_its_sample(serve: Any) -> None:
-    """Parts of groups, and prompts in another order, have the same responses; other seeds, phases and draws have not."""
+    """Parts of groups and prompts in another order have the same responses; other seeds, phases and draws do not."""
     engine, uid = ready(serve()[1]), make_uid(4, 4)
     whole = generate(engine, uid=uid).ids[:, 0].view(4, 4)
     part = generate(engine, uid=make_uid(4, 2, first=2)).ids[:, 0].view(4, 2)

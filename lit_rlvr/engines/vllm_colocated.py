@@ -87,7 +87,7 @@ class VLLMColocatedEngine(VLLMEngine):
 
     def _start_own(self, policy: Policy) -> None:
         check_python(self.python)
-        port, environment = _free_port(), server_environment()
+        port, environment = free_port(), server_environment()
         if policy.device.type == "cuda":
             visible = [*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))]
             environment["CUDA_VISIBLE_DEVICES"] = visible[policy.device.index] if visible else str(policy.device.index)
@@ -108,7 +108,8 @@ class VLLMColocatedEngine(VLLMEngine):
         self.clients, self._asleep = [], False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         port: int = listener.getsockname()[1]
