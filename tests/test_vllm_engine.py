@@ -423,3 +423,15 @@ def test_a_run_pushes_before_every_phase(serve: Any) -> None:
         assert step["time/sync_s"] > 0
         assert step["rollout/engine_ratio_max"] >= step["rollout/engine_ratio"] >= step["rollout/engine_ratio_min"]
         assert step["rollout/engine_ratio_max"] != 1
+        assert 0 < step["rollout/entropy"] < 22
+
+
+def test_what_is_not_known_is_not_logged(serve: Any) -> None:
+    """Without a scoring pass, which one update per phase does not need, nobody has taken the entropies."""
+    _, address = serve(22, 64)
+    batch, engine = Batch(prompts=2, responses=4), VLLMServerEngine([address])
+    recorder = train(RLVRModule(TINY, batch=batch, sampling=Sampling(max_new_tokens=12), engine=engine), 2)
+    for step in recorder.metrics:
+        assert step["rollout/length"] == 2
+        assert "rollout/entropy" not in step
+        assert "credit/entropy_positive" not in step
