@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rollouts import ThreadedReduce, run_ranks
 from runs import TINY, train
 from safetensors.torch import save_file
 
@@ -19,6 +20,7 @@ from lit_rlvr.__main__ import main
 from lit_rlvr.engines import VLLMColocatedEngine, vllm_launch
 from lit_rlvr.engines.vllm_client import PROTOCOL, RECEIVER
 from lit_rlvr.models import resolve_model
+from lit_rlvr.policy import load_policy
 from lit_rlvr.reduce import LocalReduce
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
@@ -96,6 +98,27 @@ def test_a_run_starts_and_ends_its_own_server(fakes: list[list[str]]) -> None:
     assert len(started) == 1
     assert started[0].process.poll() is not None
     assert engine.process is None
+
+
+def test_every_rank_has_its_own_server(fakes: list[list[str]]) -> None:
+    """And rank 0 knows all of them, to push weights to."""
+
+    def rank(reduce: ThreadedReduce) -> tuple[str, list[str], list[str]]:
+        engine, policy = VLLMColocatedEngine("py"), load_policy(resolve_model(TINY))
+        engine.sync(policy, 0, reduce)
+        assert engine.process is not None
+        own, everyone = engine.process.address, [client.address for client in engine.clients]
+        share = [client.address for client, _ in engine.share()]
+        engine.generate(policy, None, [[5, 6]], torch.tensor([(0, 0, 0)]), Sampling(), 0)
+        engine.close()
+        return own, everyone, share
+
+    results = run_ranks(2, rank)
+    owned = [own for own, _, _ in results]
+    assert len(set(owned)) == 2
+    for own, everyone, share in results:
+        assert everyone == owned
+        assert share == [own]
 
 
 def policy_on(device: torch.device) -> Any:

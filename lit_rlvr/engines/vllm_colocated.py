@@ -92,7 +92,7 @@ class VLLMColocatedEngine(VLLMEngine):
             visible = [*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))]
             environment["CUDA_VISIBLE_DEVICES"] = visible[policy.device.index] if visible else str(policy.device.index)
         options = [*self.options, *(["--enable-sleep-mode"] if self.sleep_level else [])]
-        command = server_command(self.python, policy.hf.config.name_or_path, HOST, port, options)
+        command = server_command(self.python, str(policy.hf.config.name_or_path), HOST, port, options)
         output = Path(tempfile.mkdtemp(prefix="lit-rlvr-vllm-")) / "server.log"
         log.info("starting a vLLM server; its output goes to %s", output)
         self.process = ServerProcess(command, environment, f"http://{HOST}:{port}", output)

@@ -151,7 +151,7 @@ class VLLMEngine(Engine):
             return to_generation([])
         self._has_room(max(map(len, prompts)), sampling)
         samples, ends = len(uid) // len(prompts), end_tokens(policy, tokenizer).tolist()
-        mine = self._share()
+        mine = self.share()
 
         def ask(i: int) -> list[dict[str, Any]]:
             client, served = mine[i % len(mine)]
@@ -166,7 +166,7 @@ class VLLMEngine(Engine):
             answers = [answer.result() for answer in asked]
         return to_generation([choice for choices in answers for choice in choices])
 
-    def _share(self) -> list[tuple[VLLMClient, Served]]:
+    def share(self) -> list[tuple[VLLMClient, Served]]:
         """This rank's servers: every so-many-th, or one that it shares with other ranks."""
         everyone = list(zip(self.clients, self.served, strict=True))
         rank, world = self._reduce.rank, self._reduce.world_size

@@ -5,6 +5,7 @@ need not be installed. ``lit-rlvr serve`` puts its folder on ``PYTHONPATH``; els
 start vLLM with ``--worker-extension-cls lit_rlvr_worker.WeightReceiver``.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from typing import Any
