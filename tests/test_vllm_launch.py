@@ -14,6 +14,7 @@ import torch
 from rollouts import ThreadedReduce, run_ranks
 from runs import TINY, train
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from lit_rlvr import Batch, RLVRModule, Sampling
 from lit_rlvr.__main__ import main
@@ -102,14 +103,15 @@ def test_a_run_starts_and_ends_its_own_server(fakes: list[list[str]]) -> None:
 
 def test_every_rank_has_its_own_server(fakes: list[list[str]]) -> None:
     """And rank 0 knows all of them, to push weights to."""
+    policy, tokenizer = load_policy(resolve_model(TINY)), AutoTokenizer.from_pretrained(resolve_model(TINY))
 
     def rank(reduce: ThreadedReduce) -> tuple[str, list[str], list[str]]:
-        engine, policy = VLLMColocatedEngine("py"), load_policy(resolve_model(TINY))
+        engine = VLLMColocatedEngine("py")
         engine.sync(policy, 0, reduce)
         assert engine.process is not None
         own, everyone = engine.process.address, [client.address for client in engine.clients]
         share = [client.address for client, _ in engine.share()]
-        engine.generate(policy, None, [[5, 6]], torch.tensor([(0, 0, 0)]), Sampling(), 0)
+        engine.generate(policy, tokenizer, [[5, 6]], torch.tensor([(0, 0, 0)]), Sampling(), 0)
         engine.close()
         return own, everyone, share
 
