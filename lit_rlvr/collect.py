@@ -37,6 +37,8 @@ class Tally:
     rounds: int = 0
     usable: int = 0
     reward_names: tuple[str, ...] = ()
+    entropies: bool = True
+    """Whether the engine tells them; else they are not known before a scoring pass."""
 
     def add(self, rollout: RolloutBatch, failures: int, scores: Sequence[Score] = ()) -> None:
         mask = rollout.response_mask
@@ -68,13 +70,14 @@ class Tally:
         metrics |= {f"rollout/groups_{n}": total[n] / per_group for n in ("all_right", "all_wrong")}
         metrics |= {
             "rollout/length": total["tokens"] / per_response,
-            "rollout/entropy": total["entropy"] / max(total["tokens"], 1.0),
             "rollout/tokens": total["tokens"],
             "rollout/prompts": total["groups"],
             "rollout/verifier_failures": total["failures"],
             "rollout/rounds": float(self.rounds),
             "rollout/usable_groups": float(self.usable),
         }
+        if self.entropies:
+            metrics["rollout/entropy"] = total["entropy"] / max(total["tokens"], 1.0)
         return metrics | {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
 
 
@@ -160,6 +163,7 @@ class Collector:
         started = time.perf_counter()
         out = self.engine.generate(policy, self.tokenizer, [p.tokens for p in prompts], uid, self.sampling, self.seed)
         tally.seconds["generate"] += time.perf_counter() - started
+        tally.entropies = out.entropies is not None
         each = tuple(p.prompt for p in prompts for _ in range(n))
         texts = decode(self.tokenizer, out)
         started = time.perf_counter()

@@ -76,7 +76,10 @@ def run_phase(module: RLVRModule, number: int, reduce: Reduce) -> Phase:
     metrics["credit/kept_fraction"] = mean(reduce, (credit.weight > 0)[rollout.response_mask])
     metrics["time/phase_s"] = time.perf_counter() - started
     metrics["rollout/tokens_per_s"] = metrics["rollout/tokens"] / max(metrics["time/generate_s"], 1e-9)
-    metrics |= by_sign(rollout, base, reduce) | engine_mismatch(rollout, reduce)
+    metrics |= by_sign(rollout, base, reduce) if tally.entropies or not own_old else {}
+    metrics |= engine_mismatch(rollout, reduce)
+    if not tally.entropies and not own_old:
+        metrics["rollout/entropy"] = mean(reduce, rollout.entropies, rollout.response_mask)
     return Phase(number, minibatches, metrics, rollout, credit, time.perf_counter(), ctx)
 
 

@@ -16,8 +16,9 @@ from lit_rlvr.policy import Policy
 def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the policy once, named and shaped as ``save_pretrained`` would write it.
 
-    The one road by which weights leave for an engine. Every rank goes through it, because a parameter that is spread over
-    ranks is gathered on the way; no more than a decoder layer is gathered at a time. Of tied weights the first is given.
+    The one road by which weights leave for an engine. Every rank goes through it, because a parameter that is spread
+    over ranks is gathered on the way; no more than a decoder layer is gathered at a time. Of tied weights the first is
+    given.
 
     Args:
         policy: The policy; its weights are not copied unless they are gathered or converted.

@@ -82,8 +82,8 @@ class Generation:
 class Engine(ABC):
     """Something that samples responses from the current policy.
 
-    A run calls ``setup`` once, then ``sync`` before sampling and ``rest`` after it, and ``close`` at its end. Only engines
-    with a copy of the weights have something to do there.
+    A run calls ``setup`` once, then ``sync`` before sampling and ``rest`` after it, and ``close`` at its end. Only
+    engines with a copy of the weights have something to do there.
     """
 
     @abstractmethod

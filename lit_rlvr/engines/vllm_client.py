@@ -46,6 +46,10 @@ class Served:
     sleeps: bool
 
 
+class _FailingError(RuntimeError):
+    """What a server says when a repeated request may fare better."""
+
+
 class VLLMClient:
     """Talks to one server; may be used by several threads.
 
@@ -62,6 +66,7 @@ class VLLMClient:
     def __init__(self, address: str, timeout: float, retries: int, connections: int) -> None:
         try:
             import requests
+            from requests.adapters import HTTPAdapter
         except ImportError as error:
             raise ImportError("the vLLM engine needs the package requests: pip install 'lit-rlvr[vllm]'") from error
         self.address, self.timeout, self.retries = address.rstrip("/"), timeout, retries
@@ -69,7 +74,7 @@ class VLLMClient:
         self._lock, self._requests, self._session = Lock(), requests, requests.Session()
         self._session.trust_env = False  # a proxy for the internet does not lead to a server beside us
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=connections))
+            self._session.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=connections))
 
     def ask(self, method: str, path: str, **options: Any) -> Any:
         """Send a request, repeat it where that may help, and return the answer's JSON.
@@ -78,24 +83,29 @@ class VLLMClient:
             ConnectionError: When there is no answer after all repeats.
             RuntimeError: When the server refuses, or goes on failing; with its words.
         """
-        for attempt in range(self.retries + 1):
+        repeated = 0
+        while True:
             try:
-                timeout = (CONNECT_SECONDS, self.timeout)
-                answer = self._session.request(method, self.address + path, timeout=timeout, **options)
-            except (self._requests.ConnectionError, self._requests.Timeout) as error:
-                problem: Exception = ConnectionError(self._silent(path, error))
-            else:
-                if answer.ok:
-                    return answer.json() if answer.content else None
-                problem = RuntimeError(f"the vLLM server at {self.address} refused {path}: {_words(answer)}")
-                if answer.status_code < 500 and answer.status_code != 429:
-                    raise problem
-            if attempt < self.retries:
-                with self._lock:
-                    self.retried += 1
-                log.warning("%s; trying again (%d of %d)", problem, attempt + 1, self.retries)
-                time.sleep(min(2.0**attempt, 30.0))
-        raise problem
+                return self._ask_once(method, path, options)
+            except (ConnectionError, _FailingError) as problem:
+                if repeated == self.retries:
+                    raise
+                log.warning("%s; trying again (%d of %d)", problem, repeated + 1, self.retries)
+            with self._lock:
+                self.retried += 1
+            time.sleep(min(2.0**repeated, 30.0))
+            repeated += 1
+
+    def _ask_once(self, method: str, path: str, options: dict[str, Any]) -> Any:
+        try:
+            timeout = (CONNECT_SECONDS, self.timeout)
+            answer = self._session.request(method, self.address + path, timeout=timeout, **options)
+        except (self._requests.ConnectionError, self._requests.Timeout) as error:
+            raise ConnectionError(self._silent(path, error)) from error
+        if answer.ok:
+            return answer.json() if answer.content else None
+        kind = _FailingError if answer.status_code >= 500 or answer.status_code == 429 else RuntimeError
+        raise kind(f"the vLLM server at {self.address} refused {path}: {_words(answer)}")
 
     def _silent(self, path: str, error: Exception) -> str:
         if isinstance(error, self._requests.ReadTimeout):
@@ -174,8 +184,8 @@ class VLLMClient:
             )
         if not self.ask("POST", "/reset_prefix_cache")["success"]:
             raise RuntimeError(
-                f"the vLLM server at {self.address} is at work for somebody else, and would go on with what it computed "
-                "from old weights; a server serves one run"
+                f"the vLLM server at {self.address} is at work for somebody else, and would go on with what it "
+                "computed from old weights; a server serves one run"
             )
         self.ask("POST", "/update_weight_version", json={"new_version": version})
 

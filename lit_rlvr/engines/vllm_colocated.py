@@ -22,9 +22,9 @@ HOST = "127.0.0.1"
 class VLLMColocatedEngine(VLLMEngine):
     """Starts a vLLM server beside every rank, on the rank's own device, and samples from it.
 
-    vLLM needs other versions of some packages than training does, so it runs in a process and a Python environment of its
-    own; ``sleep_level`` lets training have the device's memory while the policy learns. All ranks run on one machine; for
-    several, start servers with ``lit-rlvr serve`` and use ``VLLMServerEngine``.
+    vLLM needs other versions of some packages than training does, so it runs in a process and a Python environment of
+    its own; ``sleep_level`` lets training have the device's memory while the policy learns. All ranks run on one
+    machine; for several, start servers with ``lit-rlvr serve`` and use ``VLLMServerEngine``.
 
     Args:
         python: Python of the environment that has vLLM, as in ``.vllm-env/bin/python``.
@@ -35,8 +35,8 @@ class VLLMColocatedEngine(VLLMEngine):
         timeout: Seconds that a request may take, whether it samples or loads.
         retries: How often a request is repeated when a server does not answer, or fails.
         requests: Most prompts that are sampled at a time on one server.
-        sleep_level: 0: servers keep their memory while the policy learns. 1: they give up the cache, and move weights to
-            the host's memory. 2: they give up both, because weights are pushed again anyway.
+        sleep_level: 0: servers keep their memory while the policy learns. 1: they give up the cache, and move weights
+            to the host's memory. 2: they give up both, because weights are pushed again anyway.
 
     Raises:
         ValueError: For an option out of range.
@@ -87,12 +87,12 @@ class VLLMColocatedEngine(VLLMEngine):
 
     def _start_own(self, policy: Policy) -> None:
         check_python(self.python)
-        port, environment = _free_port(), server_environment()
+        port, environment = free_port(), server_environment()
         if policy.device.type == "cuda":
             visible = [*filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))]
             environment["CUDA_VISIBLE_DEVICES"] = visible[policy.device.index] if visible else str(policy.device.index)
         options = [*self.options, *(["--enable-sleep-mode"] if self.sleep_level else [])]
-        command = server_command(self.python, policy.hf.config.name_or_path, HOST, port, options)
+        command = server_command(self.python, str(policy.hf.config.name_or_path), HOST, port, options)
         output = Path(tempfile.mkdtemp(prefix="lit-rlvr-vllm-")) / "server.log"
         log.info("starting a vLLM server; its output goes to %s", output)
         self.process = ServerProcess(command, environment, f"http://{HOST}:{port}", output)
@@ -108,7 +108,8 @@ class VLLMColocatedEngine(VLLMEngine):
         self.clients, self._asleep = [], False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         port: int = listener.getsockname()[1]

@@ -29,9 +29,9 @@ SHARED_MEMORY = Path("/dev/shm")
 class VLLMEngine(Engine):
     """What engines with vLLM servers have in common: pushing weights, sampling, sleep.
 
-    Before a phase is sampled, rank 0 pushes the policy's weights to all servers. A prompt's responses are one request, so
-    the prompt is computed once. Their random numbers are fixed by (seed, phase, draw, sample); the responses still depend
-    a little on what else a server computes at the time, because that changes how sums are rounded.
+    Before a phase is sampled, rank 0 pushes the policy's weights to all servers. A prompt's responses are one request,
+    so the prompt is computed once. Their random numbers are fixed by (seed, phase, draw, sample); the responses still
+    depend a little on what else a server computes at the time, because that changes how sums are rounded.
 
     Args:
         folder: Where weights wait to be loaded, a file at a time. Null: memory shared on this machine.
@@ -96,7 +96,8 @@ class VLLMEngine(Engine):
             self._asleep = False
         if self._pushed != version:
             self._fits(policy)
-            # No two pushes have the same name, of other runs neither: a server that has lost these weights is found out.
+            # No two pushes have the same name, of other runs neither: a server that has lost these weights is found
+            # out.
             self.version = reduce.gather(f"{uuid4().hex[:8]}-{version}")[0]
             assert self.version is not None
             dtype = self.served[0].dtype
@@ -150,7 +151,7 @@ class VLLMEngine(Engine):
             return to_generation([])
         self._has_room(max(map(len, prompts)), sampling)
         samples, ends = len(uid) // len(prompts), end_tokens(policy, tokenizer).tolist()
-        mine = self._share()
+        mine = self.share()
 
         def ask(i: int) -> list[dict[str, Any]]:
             client, served = mine[i % len(mine)]
@@ -165,7 +166,7 @@ class VLLMEngine(Engine):
             answers = [answer.result() for answer in asked]
         return to_generation([choice for choices in answers for choice in choices])
 
-    def _share(self) -> list[tuple[VLLMClient, Served]]:
+    def share(self) -> list[tuple[VLLMClient, Served]]:
         """This rank's servers: every so-many-th, or one that it shares with other ranks."""
         everyone = list(zip(self.clients, self.served, strict=True))
         rank, world = self._reduce.rank, self._reduce.world_size
@@ -176,8 +177,8 @@ class VLLMEngine(Engine):
         if longest + sampling.max_new_tokens > limit:
             raise ValueError(
                 f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed the vLLM server's "
-                f"context of {limit} tokens; lower max_new_tokens or max_prompt_tokens, or start the server with a larger "
-                "--max-model-len"
+                f"context of {limit} tokens; lower max_new_tokens or max_prompt_tokens, or start the server with a "
+                "larger --max-model-len"
             )
 
     def _checked(self, client: VLLMClient, choices: list[dict[str, Any]], samples: int) -> list[dict[str, Any]]:

@@ -56,8 +56,8 @@ def check_python(python: str) -> None:
         raise ValueError(f"there is no Python at {python}") from None
     if not found:
         raise ValueError(
-            f"there is no vLLM in the environment of {python}; give it one of its own (python3.11 -m venv .vllm-env, then "
-            f".vllm-env/bin/pip install 'vllm{SUPPORTED}') and name that one's bin/python"
+            f"there is no vLLM in the environment of {python}; give it one of its own (python3.11 -m venv .vllm-env, "
+            f"then .vllm-env/bin/pip install 'vllm{SUPPORTED}') and name that one's bin/python"
         )
 
 
@@ -86,12 +86,13 @@ class ServerProcess:
         """
         import requests
 
-        deadline = time.monotonic() + seconds
+        session, deadline = requests.Session(), time.monotonic() + seconds
+        session.trust_env = False  # a proxy for the internet does not lead to a server beside us
         while time.monotonic() < deadline:
             if (code := self.process.poll()) is not None:
                 raise RuntimeError(f"the vLLM server ended with exit code {code} as it started:\n{self._last_lines()}")
             try:
-                if requests.get(f"{self.address}/health", timeout=5, proxies={"http": ""}).ok:
+                if session.get(f"{self.address}/health", timeout=5).ok:
                     return
             except requests.RequestException:
                 pass
@@ -135,4 +136,4 @@ def main(arguments: Sequence[str]) -> int:
         print(f"lit-rlvr: error: {error}", file=sys.stderr)
         return 2
     command = server_command(given.python, model, given.host, given.port, options)
-    os.execvpe(command[0], command, server_environment())
+    return os.execvpe(command[0], command, server_environment())

@@ -46,6 +46,7 @@ def push_weights(
     """
 
     def send() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="lit-rlvr-weights-", dir=folder) as place:
             Path(place).chmod(0o755)  # a server may be another user's
             sender = _Sender(servers, Path(place), file_bytes)

@@ -13,9 +13,9 @@ from lit_rlvr.reduce import Reduce
 class VLLMServerEngine(VLLMEngine):
     """Samples from vLLM servers that ``lit-rlvr serve`` started, here or on other machines.
 
-    Before a phase is sampled, rank 0 pushes the policy's weights to all servers. Prompts are spread evenly; with several
-    ranks, each talks to its own share of the servers. Old log-probabilities come from the training model; the servers'
-    are compared with them.
+    Before a phase is sampled, rank 0 pushes the policy's weights to all servers. Prompts are spread evenly; with
+    several ranks, each talks to its own share of the servers. Old log-probabilities come from the training model; the
+    servers' are compared with them.
 
     Args:
         addresses: ``http://host:port`` of each server.
@@ -25,8 +25,8 @@ class VLLMServerEngine(VLLMEngine):
         timeout: Seconds that a request may take, whether it samples or loads.
         retries: How often a request is repeated when a server does not answer, or fails.
         requests: Most prompts that are sampled at a time on one server.
-        sleep_level: 0: servers keep their memory while the policy learns. 1: they give up the cache, and move weights to
-            the host's memory. 2: they give up both. Above 0, start them with ``--enable-sleep-mode``.
+        sleep_level: 0: servers keep their memory while the policy learns. 1: they give up the cache, and move weights
+            to the host's memory. 2: they give up both. Above 0, start them with ``--enable-sleep-mode``.
 
     Raises:
         ValueError: For an option out of range, or servers elsewhere without ``folder``.
@@ -48,8 +48,8 @@ class VLLMServerEngine(VLLMEngine):
         elsewhere = [a for a in addresses if not _is_here(str(urlsplit(a).hostname))]
         if folder is None and elsewhere:
             raise ValueError(
-                f"the vLLM server {elsewhere[0]} is on another machine: set engine.folder to a folder that this machine "
-                "and every server see under the same path"
+                f"the vLLM server {elsewhere[0]} is on another machine: set engine.folder to a folder that this "
+                "machine and every server see under the same path"
             )
         self.connect(addresses)
 

@@ -5,6 +5,7 @@ need not be installed. ``lit-rlvr serve`` puts its folder on ``PYTHONPATH``; els
 start vLLM with ``--worker-extension-cls lit_rlvr_worker.WeightReceiver``.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from typing import Any
@@ -16,8 +17,8 @@ PROTOCOL = 1
 class WeightReceiver:
     """Methods that vLLM adds to its workers; the trainer calls them over ``/collective_rpc``.
 
-    One update is ``lit_rlvr_begin``, then ``lit_rlvr_load`` for every file, then ``lit_rlvr_finish``. Weights are loaded
-    into the memory of those that they replace, layer by layer, so that no second copy of the model is made.
+    One update is ``lit_rlvr_begin``, then ``lit_rlvr_load`` for every file, then ``lit_rlvr_finish``. Weights are
+    loaded into the memory of those that they replace, layer by layer, so that no second copy of the model is made.
     """
 
     _lit_rlvr_missing: set[str] | None = None
@@ -49,8 +50,9 @@ class WeightReceiver:
 
         Args:
             file: Path of the file.
-            number: Files of this update before it. One that has been loaded is not loaded again: vLLM counts the numbers
-                that it has loaded of a layer, and would take a repeated request's for those that are still to come.
+            number: Files of this update before it. One that has been loaded is not loaded again: vLLM counts the
+                numbers that it has loaded of a layer, and would take a repeated request's for those that are still to
+                come.
         """
         if number < self._lit_rlvr_files:
             return {}
@@ -78,7 +80,8 @@ class WeightReceiver:
 
         worker: Any = self
         with set_current_vllm_config(worker.vllm_config), safe_open(file, framework="pt") as weights:
-            loaded = worker.get_model().load_weights((name, weights.get_tensor(name)) for name in weights.keys())
+            names = list(weights.keys())
+            loaded = worker.get_model().load_weights((name, weights.get_tensor(name)) for name in names)
         assert self._lit_rlvr_missing is not None
         # Models that do not say what they loaded cannot be checked.
         self._lit_rlvr_missing -= self._lit_rlvr_missing.copy() if loaded is None else set(loaded)
@@ -101,8 +104,8 @@ class WeightReceiver:
 def _pack_again(model: Any) -> None:
     """Renew what a layer keeps beside its weight.
 
-    On a CPU vLLM computes with a packed copy. A head that is tied to the embeddings shares their weight but has a packed
-    copy of its own, which loading the embeddings leaves as it was: the head would go on with the old weights.
+    On a CPU vLLM computes with a packed copy. A head that is tied to the embeddings shares their weight but has a
+    packed copy of its own, which loading the embeddings leaves as it was: the head would go on with the old weights.
     """
     for layer in model.modules():
         if hasattr(layer, "cpu_linear") and layer.weight.numel():

@@ -1,0 +1,194 @@
+"""A real vLLM server on the CPU: it samples from the weights that were trained, phase after phase.
+
+Run by ``make test-vllm``, which gives vLLM an environment of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from runs import EvenTask, train
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from lit_rlvr import Batch, RLVRModule, Sampling
+from lit_rlvr.engines import Engine, Generation, InProcessEngine, VLLMColocatedEngine, VLLMServerEngine
+from lit_rlvr.engines.vllm_colocated import free_port
+from lit_rlvr.engines.vllm_launch import ServerProcess
+from lit_rlvr.models import character_tokenizer, save_model
+from lit_rlvr.policy import load_policy
+from lit_rlvr.reduce import LocalReduce
+from lit_rlvr.scoring import score
+from lit_rlvr.tasks import Prompt, Split
+from lit_rlvr.tasks.last_digit import ALPHABET
+from lit_rlvr.types import RolloutBatch
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+
+PYTHON = os.environ.get("LIT_RLVR_VLLM_PYTHON", "")
+OPTIONS = ["--dtype=float32", "--enforce-eager", "--max-model-len=256", "--gpu-memory-utilization=0.2"]
+SURROUNDINGS = {
+    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}  # fmt: skip
+BLOCK = 128
+"""Tokens that vLLM's cache keeps together on a CPU; only whole blocks are shared and remembered."""
+
+TOLERANCE = 1e-4
+"""Both sides compute in float32, in another order. Differences were below 1e-5; weights that are one phase old differ
+by more than ten times the tolerance, which the tests check too."""
+
+
+@dataclass(frozen=True)
+class LongPrompts(EvenTask):
+    """Few problems, which every phase sees again, each longer than a block of vLLM's cache."""
+
+    isolated = False
+
+    def prompts(self, split: Split) -> Sequence[Prompt]:
+        return [Prompt(i, f"{i}+" * (BLOCK // 2 + 3) + "1?", "even") for i in range(4)]
+
+
+class Watch(Callback):
+    """Keeps every phase's rollout, and how far the policy before it is from the server."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.phases: list[RolloutBatch] = []
+        self.now: list[float] = []
+        self.stale: list[float] = []
+        self._before: Any = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch.minibatch:
+            return
+        rollout = pl_module.phase.rollout
+        self.phases.append(rollout)
+        self.now.append(distance(rollout, rollout.old_logprobs))
+        if self._before is not None:
+            self.stale.append(distance(rollout, score(self._before, rollout, self.temperature, 4096)[0]))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch.minibatch == 1:  # the weights at a phase's second step are older than the next phase's by one step
+            self._before = load_policy(pl_module.model)
+            self._before.load_state_dict(pl_module.policy.state_dict())
+
+
+def distance(rollout: RolloutBatch, logprobs: torch.Tensor) -> float:
+    """Largest difference from the server's log-probabilities."""
+    assert rollout.engine_logprobs is not None
+    return float((logprobs - rollout.engine_logprobs)[rollout.response_mask].abs().max())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Qwen3 whose heads are as wide as vLLM's attention on a CPU needs them."""
+    config = Qwen3Config(
+        vocab_size=len(ALPHABET) + 3, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True, initializer_range=0.2,
+        max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=None, dtype="float32",
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_model(Qwen3ForCausalLM(config), character_tokenizer(ALPHABET), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def server(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server that ``lit-rlvr serve`` started."""
+    if not PYTHON:
+        pytest.skip("needs vLLM: make test-vllm")
+    port = free_port()
+    command = [sys.executable, "-m", "lit_rlvr", "serve", folder, f"--python={PYTHON}", f"--port={port}", *OPTIONS]
+    output = tmp_path_factory.mktemp("server") / "server.log"
+    process = ServerProcess(command, {**os.environ, **SURROUNDINGS}, f"http://127.0.0.1:{port}", output)
+    try:
+        process.wait_until_ready(900)
+        yield process.address
+    finally:
+        process.stop()
+
+
+def make_module(folder: str, engine: Engine, temperature: float) -> RLVRModule:
+    """A policy that moves far in a step."""
+    return RLVRModule(
+        folder, batch=Batch(prompts=4, responses=4, minibatch_prompts=2), engine=engine,
+        sampling=Sampling(temperature, max_new_tokens=24),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_server_follows_the_trained_weights(temperature: float, folder: str, server: str) -> None:
+    """Its log-probabilities are those of the training model, in every phase, and no older policy's."""
+    watch = Watch(temperature)
+    recorder = train(make_module(folder, VLLMServerEngine([server]), temperature), 10, watch, task=LongPrompts())
+    print(f"\nT={temperature}: largest |difference of log-probabilities| per phase, training model: {watch.now}")
+    print(f"T={temperature}: the same, of weights one optimiser step old: {watch.stale}")
+    assert len(watch.now) == 5
+    assert len(watch.stale) == 4
+    assert max(watch.now) < TOLERANCE
+    assert min(watch.stale) > 10 * TOLERANCE
+    for metrics in recorder.metrics[::2]:
+        assert metrics["engine/retries"] == 0
+        assert metrics["rollout/engine_ratio_max"] < 1 + 2 * TOLERANCE
+        assert metrics["rollout/engine_ratio_min"] > 1 - 2 * TOLERANCE
+    print(f"T={temperature}: seconds of pushing weights per phase: {[m['time/sync_s'] for m in recorder.metrics[::2]]}")
+    lengths = torch.cat([rollout.lengths for rollout in watch.phases])
+    truncated = torch.cat([rollout.truncated for rollout in watch.phases])
+    assert 0 < int(truncated.sum()) < len(truncated)
+    assert bool((lengths[truncated] == 24).all())
+    for rollout in watch.phases:
+        last = rollout.response_ids.gather(1, rollout.lengths[:, None] - 1).squeeze(1)
+        assert torch.equal(last != 1, rollout.truncated)
+
+
+def rows(out: Generation) -> list[list[int]]:
+    return [row[mask].tolist() for row, mask in zip(out.ids, out.mask, strict=True)]
+
+
+@pytest.mark.parametrize("stop", [[], ["7", "+2"]])
+def test_greedy_responses_are_those_of_the_policy_itself(stop: list[str], folder: str, server: str) -> None:
+    """Token for token, with where they end and why, and with the log-probabilities at temperature 1."""
+    policy, tokenizer = load_policy(folder), AutoTokenizer.from_pretrained(folder)
+    engine, sampling = VLLMServerEngine([server]), Sampling(temperature=0, max_new_tokens=20, stop=stop)
+    engine.setup()
+    engine.sync(policy, 0, LocalReduce())
+    prompts = [[3 + (i * k) % 17 for i in range(1, 9 + k)] for k in range(1, 17)]
+    uid = torch.tensor([(0, i, 0) for i in range(16)])
+    theirs = engine.generate(policy, tokenizer, prompts, uid, sampling, 0)
+    ours = InProcessEngine().generate(policy, tokenizer, prompts, uid, sampling, 0)
+    assert rows(theirs) == rows(ours)
+    assert len({len(row) for row in rows(ours)}) > 2
+    assert torch.equal(theirs.truncated, ours.truncated)
+    torch.testing.assert_close(theirs.logprobs, ours.logprobs * ours.mask, rtol=0, atol=TOLERANCE)
+
+
+def test_a_run_starts_a_server_of_its_own(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ends it."""
+    if not PYTHON:
+        pytest.skip("needs vLLM: make test-vllm")
+    for name, value in SURROUNDINGS.items():
+        monkeypatch.setenv(name, value)
+    processes: list[ServerProcess] = []
+
+    class Look(Watch):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if pl_module.engine.process is not None:
+                processes.append(pl_module.engine.process)
+
+    watch = Look(1.0)
+    train(make_module(folder, VLLMColocatedEngine(PYTHON, OPTIONS), 1.0), 4, watch, task=LongPrompts())
+    print(f"\nown server: largest |difference of log-probabilities| per phase: {watch.now}")
+    assert len(watch.now) == 2
+    assert max(watch.now) < TOLERANCE
+    assert processes[0].process.poll() is not None

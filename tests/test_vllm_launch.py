@@ -1,0 +1,268 @@
+"""Starting servers: the command, a process of a run's own, and what runs inside vLLM's workers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rollouts import ThreadedReduce, run_ranks
+from runs import TINY, train
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from lit_rlvr import Batch, RLVRModule, Sampling
+from lit_rlvr.__main__ import main
+from lit_rlvr.engines import VLLMColocatedEngine, vllm_launch
+from lit_rlvr.engines.vllm_client import PROTOCOL, RECEIVER
+from lit_rlvr.models import resolve_model
+from lit_rlvr.policy import load_policy
+from lit_rlvr.reduce import LocalReduce
+
+FAKE = Path(__file__).parent / "fake_vllm.py"
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_serve_becomes_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what the engine needs, the built-in model made, and vLLM's options passed on."""
+    started: list[Any] = []
+    monkeypatch.setattr(vllm_launch, "check_python", lambda python: None)
+    monkeypatch.setattr(os, "execvpe", lambda *arguments: started.append(arguments))
+    main(["serve", TINY, "--python", "py", "--port=81", "--max-model-len", "99", "--host=::1"])
+    ((program, command, environment),) = started
+    assert program == "py"
+    assert command == [
+        "py", "-m", "vllm.entrypoints.openai.api_server", "--model", resolve_model(TINY), "--host", "::1", "--port",
+        "81", "--logprobs-mode", "processed_logprobs", "--enable-scale-out", "--worker-extension-cls",
+        "lit_rlvr_worker.WeightReceiver", "--max-model-len", "99",
+    ]  # fmt: skip
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    folder = Path(environment["PYTHONPATH"].split(os.pathsep)[0])
+    assert [file.name for file in folder.glob("*.py")] == ["lit_rlvr_worker.py"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([TINY, "--python", "nowhere/python"], "there is no Python at nowhere/python"),
+        ([TINY, "--python", sys.executable], "there is no vLLM in the environment of"),
+    ],
+)
+def test_serve_without_vllm_says_how_to_get_it(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+# -- a server of a run's own -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs start a server without a model; the commands that they would have started one with."""
+    seen: list[list[str]] = []
+    true_command = vllm_launch.server_command
+
+    def command(python: str, model: str, host: str, port: int, options: list[str]) -> list[str]:
+        seen.append(true_command(python, model, host, port, options))
+        return [sys.executable, str(FAKE), "--port", str(port)]
+
+    monkeypatch.setattr("lit_rlvr.engines.vllm_colocated.server_command", command)
+    monkeypatch.setattr("lit_rlvr.engines.vllm_colocated.check_python", lambda python: None)
+    return seen
+
+
+def test_a_run_starts_and_ends_its_own_server(fakes: list[list[str]]) -> None:
+    """On the policy's own folder, once per run."""
+    engine = VLLMColocatedEngine("py", ["--max-model-len=99"])
+    module = RLVRModule(TINY, batch=Batch(prompts=2, responses=2), engine=engine, sampling=Sampling(max_new_tokens=4))
+    started: list[Any] = []
+    true_start = engine.start
+
+    def start(*arguments: Any) -> None:
+        true_start(*arguments)
+        started.append(engine.process)
+
+    engine.start = start  # type: ignore[method-assign]
+    train(module, 2)
+    assert [command[:5] + command[-1:] for command in fakes] == [
+        ["py", "-m", "vllm.entrypoints.openai.api_server", "--model", resolve_model(TINY), "--max-model-len=99"]
+    ]
+    assert len(started) == 1
+    assert started[0].process.poll() is not None
+    assert engine.process is None
+
+
+def test_every_rank_has_its_own_server(fakes: list[list[str]]) -> None:
+    """And rank 0 knows all of them, to push weights to."""
+    policy, tokenizer = load_policy(resolve_model(TINY)), AutoTokenizer.from_pretrained(resolve_model(TINY))
+
+    def rank(reduce: ThreadedReduce) -> tuple[str, list[str], list[str]]:
+        engine = VLLMColocatedEngine("py")
+        engine.sync(policy, 0, reduce)
+        assert engine.process is not None
+        own, everyone = engine.process.address, [client.address for client in engine.clients]
+        share = [client.address for client, _ in engine.share()]
+        engine.generate(policy, tokenizer, [[5, 6]], torch.tensor([(0, 0, 0)]), Sampling(), 0)
+        engine.close()
+        return own, everyone, share
+
+    results = run_ranks(2, rank)
+    owned = [own for own, _, _ in results]
+    assert len(set(owned)) == 2
+    for own, everyone, share in results:
+        assert everyone == owned
+        assert share == [own]
+
+
+def policy_on(device: torch.device) -> Any:
+    """As much of a policy as starting a server looks at."""
+    return SimpleNamespace(device=device, hf=SimpleNamespace(config=SimpleNamespace(name_or_path="")))
+
+
+def test_a_server_that_does_not_start_is_shown(monkeypatch: pytest.MonkeyPatch, fakes: list[list[str]]) -> None:
+    """With the last lines that it wrote."""
+    code = "print('first'); print('no memory left'); raise SystemExit(3)"
+    monkeypatch.setattr("lit_rlvr.engines.vllm_colocated.server_command", lambda *_: [sys.executable, "-c", code])
+    engine = VLLMColocatedEngine("py")
+    with pytest.raises(RuntimeError, match=r"ended with exit code 3 as it started:\nfirst\nno memory left"):
+        engine.start(policy_on(torch.device("cpu")), LocalReduce())
+    assert engine.process is None
+
+
+@pytest.mark.parametrize(("visible", "index", "wanted"), [(None, 1, "1"), ("4,6", 1, "6"), ("GPU-a,GPU-b", 0, "GPU-a")])
+def test_a_server_is_on_the_ranks_own_gpu(
+    visible: str | None, index: int, wanted: str, monkeypatch: pytest.MonkeyPatch, fakes: list[list[str]]
+) -> None:
+    environments: list[dict[str, str]] = []
+
+    class Process:
+        address = "http://127.0.0.1:1"
+
+        def __init__(self, command: Any, environment: dict[str, str], *more: Any) -> None:
+            environments.append(environment)
+
+        def wait_until_ready(self, seconds: float) -> None:
+            pass
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr("lit_rlvr.engines.vllm_colocated.ServerProcess", Process)
+    monkeypatch.setattr(VLLMColocatedEngine, "meet", lambda self: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    engine = VLLMColocatedEngine("py", sleep_level=1)
+    engine.start(policy_on(torch.device("cuda", index)), LocalReduce())
+    engine.close()
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == [wanted]
+    assert fakes[0][-1] == "--enable-sleep-mode"
+
+
+def test_options_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"engine.start_seconds must be above 0, got 0"):
+        VLLMColocatedEngine("py", start_seconds=0)
+
+
+# -- inside vLLM -------------------------------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Linear):
+    """Loads what it is given, and says so."""
+
+    def load_weights(self, weights: Any) -> set[str]:
+        given = dict(weights)
+        if "bad" in given:
+            raise AssertionError
+        self.loads = [*getattr(self, "loads", []), *given]
+        return set(given)
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A worker with the methods of the shipped file, in a process without vLLM."""
+    events: list[str] = []
+
+    @contextmanager
+    def current(config: Any) -> Any:
+        yield
+
+    config, reload = ModuleType("vllm.config"), ModuleType("vllm.model_executor.model_loader.reload")
+    vars(config).update(set_current_vllm_config=current)
+    vars(reload).update(
+        initialize_layerwise_reload=lambda model: events.append("begin"),
+        finalize_layerwise_reload=lambda model, config: events.append("end"),
+    )
+    parents = ("vllm", "vllm.model_executor", "vllm.model_executor.model_loader")
+    for module in (*map(ModuleType, parents), config, reload):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.syspath_prepend(vllm_launch.SERVER_SIDE)
+    shipped = __import__("lit_rlvr_worker")
+    model, sizes = Model(2, 2), SimpleNamespace(get_vocab_size=lambda: 7, get_hidden_size=lambda: 5)
+    made = type("Worker", (shipped.WeightReceiver,), {"get_model": lambda self: model})()
+    made.vllm_config, made.events, made.model = SimpleNamespace(model_config=sizes), events, model
+    made.model_runner = SimpleNamespace(reset_lora_state=lambda: events.append("lora"))
+    assert f"lit_rlvr_worker.{shipped.WeightReceiver.__name__}" == RECEIVER
+    yield made
+    del sys.modules["lit_rlvr_worker"]
+
+
+def file(folder: Path, *names: str) -> str:
+    """A safetensors file with weights of these names."""
+    path = folder / f"{'-'.join(names)}.safetensors"
+    save_file({name: torch.ones(2) for name in names}, path)
+    return str(path)
+
+
+def test_an_update_goes_file_by_file(worker: Any, tmp_path: Path) -> None:
+    """A request that is repeated loads nothing twice, and what no file had is named."""
+    assert worker.lit_rlvr_about() == {"vocabulary": 7, "hidden": 5, "protocol": PROTOCOL}
+    for _ in range(2):
+        worker.lit_rlvr_begin()
+        worker.lit_rlvr_load(file(tmp_path, "weight"), 0)
+        worker.lit_rlvr_load(file(tmp_path, "weight"), 0)
+        worker.lit_rlvr_load(file(tmp_path, "other"), 1)
+        assert worker.lit_rlvr_finish() == {"missing": ["bias"]}
+        assert worker.lit_rlvr_finish() == {"missing": []}
+    assert worker.model.loads == ["weight", "other"] * 2
+    assert worker.events == ["begin", "end", "lora"] * 2
+
+
+def test_an_update_that_failed_is_begun_again(worker: Any, tmp_path: Path) -> None:
+    """Nothing is loaded after a failure, a repeated request gives the same answer, and a new update is a whole one."""
+    with pytest.raises(RuntimeError, match="out of turn"):
+        worker.lit_rlvr_load(file(tmp_path, "weight"), 0)
+    worker.lit_rlvr_begin()
+    with pytest.raises(RuntimeError, match="out of turn"):
+        worker.lit_rlvr_load(file(tmp_path, "weight"), 1)
+    for name in ("bad", "weight"):
+        with pytest.raises(RuntimeError, match="new weights could not be loaded: AssertionError"):
+            worker.lit_rlvr_load(file(tmp_path, name), 0)
+    worker.lit_rlvr_begin()
+    worker.lit_rlvr_load(file(tmp_path, "weight", "bias"), 0)
+    assert worker.lit_rlvr_finish() == {"missing": []}
+    assert worker.model.loads == ["weight", "bias"] or worker.model.loads == ["bias", "weight"]
+
+
+def test_packed_copies_of_tied_heads_are_renewed(worker: Any, tmp_path: Path) -> None:
+    """On a CPU a head computes with a copy; layers that gave their weight up for it have nothing to renew it from."""
+    packed: list[str] = []
+    method = SimpleNamespace(process_weights_after_loading=lambda layer: packed.append(layer.name))
+    for name, size in (("head", 4), ("linear", 0)):
+        layer = torch.nn.Linear(1, 1)
+        layer.weight = torch.nn.Parameter(torch.zeros(size))
+        vars(layer).update(cpu_linear=None, quant_method=method, name=name)
+        worker.model.add_module(name, layer)
+    worker.lit_rlvr_begin()
+    worker.lit_rlvr_load(file(tmp_path, "weight"), 0)
+    worker.lit_rlvr_finish()
+    assert packed == ["head"]
