@@ -35,7 +35,7 @@ from lit_rlvr.evaluate import Evaluator
 from lit_rlvr.kl import KLPenalty
 from lit_rlvr.losses import ClippedSurrogate, PolicyLoss
 from lit_rlvr.microbatch import MicroBatch, empty, lay_out, split_rows
-from lit_rlvr.models import resolve_model
+from lit_rlvr.models import resolve_model, save_model
 from lit_rlvr.objective import Meter, MiniBatch, TokenObjective
 from lit_rlvr.phase import Phase, run_phase
 from lit_rlvr.policy import Policy, load_policy
@@ -299,6 +299,7 @@ class RLVRModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_steps"] = self.skipped_steps
+        checkpoint["policy"] = {"model": self.model}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps = checkpoint["skipped_steps"]
@@ -308,6 +309,5 @@ class RLVRModule(pl.LightningModule):
         path = Path(folder)
         weights = {name.removeprefix("hf."): value for name, value in whole_weights(self.policy).items()}
         if self.trainer.is_global_zero:
-            self.policy.hf.save_pretrained(path, state_dict=weights)
-            self.tokenizer.save_pretrained(path)
+            save_model(self.policy.hf, self.tokenizer, path, weights)
         return path
