@@ -14,6 +14,7 @@ commands:
   test       evaluate on held-out test problems
   explain    what a run would do: steps, tokens, algorithm, credit, memory
   doctor     is everything ready? checks the machine, and with --config the configuration, model, task and verifier
+  export     a Hugging Face folder from a checkpoint    lit-rlvr export CHECKPOINT FOLDER
   warmup     supervised warm start on a task's demonstrations, kept in a cache
   serve      start a vLLM server to sample rollouts from
   compare    runs arms and seeds from one file, and says in a table what the differences are worth
@@ -48,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         from lit_rlvr.compare.command import main as compare
 
         return compare(arguments[1:])
+    if arguments[0] == "export":
+        from lit_rlvr.export import main as export
+
+        return export(arguments[1:])
     from lit_rlvr.cli import run
 
     return run(arguments)

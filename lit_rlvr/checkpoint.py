@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.optim import Optimizer
 
 log = logging.getLogger(__name__)
@@ -16,8 +18,9 @@ log = logging.getLogger(__name__)
 class PhaseCheckpoint(Checkpoint):
     """Saves everything that a run needs to go on, at the end of rollout phases.
 
-    Files are ``phase_000010.ckpt`` and so on, after as many phases, and ``last.ckpt`` is a link to the newest. Resume
-    with ``lit-rlvr fit --config ... --ckpt_path=runs/NAME/checkpoints/last.ckpt``.
+    They are called ``phase_000010.ckpt`` and so on, after as many phases, and ``last.ckpt`` is a link to the newest. Each
+    is a file; under a sharded strategy, unless it is told otherwise, a folder with the part of every process. Resume with
+    ``lit-rlvr fit --config ... --ckpt_path=runs/NAME/checkpoints/last.ckpt``.
 
     Args:
         every: Rollout phases between two checkpoints.
@@ -61,6 +64,21 @@ class PhaseCheckpoint(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = list(state_dict["saved"])
+
+
+def check_resumable(path: Path, strategy: Strategy) -> None:
+    """Refuse a checkpoint that the strategy cannot read.
+
+    Raises:
+        ValueError: Saying what can.
+    """
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no checkpoint of a run, or is cut short")
+    if path.is_dir() and not isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+        raise ValueError(
+            f"{path} is a folder of shards, which only a sharded strategy reads: add --config "
+            "configs/strategy/fsdp.yaml (one process will do), or begin a new run with what `lit-rlvr export` makes of it"
+        )
 
 
 Hyperparameters = list[dict[str, Any]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler  # noqa: E402
 
 from lit_rlvr.advantages import Advantage  # noqa: E402
 from lit_rlvr.aggregation import Aggregation  # noqa: E402
-from lit_rlvr.checkpoint import PhaseCheckpoint  # noqa: E402
+from lit_rlvr.checkpoint import PhaseCheckpoint, check_resumable  # noqa: E402
 from lit_rlvr.checks import check_chain, check_trainer, check_trainer_options  # noqa: E402
 from lit_rlvr.cli_errors import class_names, clear, interpolation, missing_file, option_keys  # noqa: E402
 from lit_rlvr.config_files import MODE, check_file, keep_comments_as_text  # noqa: E402
@@ -198,10 +197,10 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         credit_chain(all_callbacks(self.trainer))  # refuses a bad list before anything is trained
         path = self._get(self.config, "ckpt_path")
-        if path is not None and not Path(path).exists():
-            raise ValueError(missing_file(Path(path)))
-        if path is not None and not (zipfile.is_zipfile(path) or (Path(path) / "meta.pt").is_file()):
-            raise ValueError(f"{path} is no checkpoint of a run, or is cut short")
+        if path is not None:
+            if not Path(path).exists():
+                raise ValueError(missing_file(Path(path)))
+            check_resumable(Path(path), self.trainer.strategy)
         if (folder := self._warm_start()) is not None:
             self.model.start_from(folder)
 

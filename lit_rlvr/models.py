@@ -11,6 +11,7 @@ from filelock import FileLock
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from lit_rlvr.near import nearest
@@ -69,12 +70,22 @@ def _existing(source: str) -> str:
     return source
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a Hugging Face folder, the weights last, so that a folder with weights is whole."""
+def save_model(model: Any, tokenizer: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a Hugging Face folder, the weights last, so that a folder with weights is whole.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        folder: Where to.
+        weights: The state dict to write, if the model does not hold it itself.
+    """
+    if weights is not None:  # copies do not show any more which of them are tied
+        own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        weights = {name: value for name, value in weights.items() if name in own}
     tokenizer.save_pretrained(folder)
     # In a process group, transformers leaves writing to the first rank; here the holder of the cache's lock writes.
     model.should_save_on_this_rank = lambda is_main_process: True
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:

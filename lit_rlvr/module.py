@@ -39,7 +39,7 @@ from lit_rlvr.losses import ClippedSurrogate, PolicyLoss
 from lit_rlvr.meter import Meter
 from lit_rlvr.microbatch import MicroBatch, cut
 from lit_rlvr.minibatch import MiniBatch
-from lit_rlvr.models import resolve_model
+from lit_rlvr.models import resolve_model, save_model
 from lit_rlvr.objective import TokenObjective
 from lit_rlvr.optimizing import clip_apart, gradient_norms, parameter_groups
 from lit_rlvr.phase import Phase, run_phase
@@ -326,6 +326,7 @@ class RLVRModule(EvaluationSteps):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_steps"] = self.skipped_steps
+        checkpoint["policy"] = {"model": self.model}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps = checkpoint["skipped_steps"]
@@ -335,8 +336,7 @@ class RLVRModule(EvaluationSteps):
         path = Path(folder)
         weights = {name.removeprefix("hf."): value for name, value in whole_weights(self.policy).items()}
         if self.trainer.is_global_zero:
-            self.policy.hf.save_pretrained(path, state_dict=weights)
-            self.tokenizer.save_pretrained(path)
+            save_model(self.policy.hf, self.tokenizer, path, weights)
         return path
 
 

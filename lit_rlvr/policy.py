@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lit_rlvr.head import LogitTransform, TokenLoss, chunked_logprobs, selected_loss
 
@@ -152,6 +153,8 @@ def load_policy(
     if empty:
         with torch.device("meta"):
             hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+        with suppress(OSError):  # it has none, and what follows from its configuration is right
+            hf.generation_config = GenerationConfig.from_pretrained(path)
     else:
         hf = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[dtype])
     if gradient_checkpointing:

@@ -104,14 +104,13 @@ def load_sharded(path: str, dtype: str, strategy: ModelParallelStrategy, **optio
     if strategy.global_rank == 0:
         try:
             full = load_policy(path, dtype, **options)
-            facts = {"buffers": dict(full.named_buffers()), "generation": full.hf.generation_config}
+            facts = {"buffers": dict(full.named_buffers())}
         except Exception as error:  # whatever it is, the others are waiting to hear of it
             facts = {"error": str(error) or type(error).__name__}
     facts = strategy.broadcast(facts)
     if "error" in facts:
         raise ValueError(f"{path} cannot be loaded: {facts['error']}")
     policy = load_policy(path, dtype, empty=True, **options)
-    policy.hf.generation_config = facts["generation"]
     offload = isinstance(strategy, FSDP2Strategy) and strategy.cpu_offload
     shard(policy, strategy)
     policy.to_empty(device="cpu" if offload else strategy.root_device)
