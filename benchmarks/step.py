@@ -12,7 +12,11 @@ from benchmarks.models import SIZES, write
 from benchmarks.report import emit
 from benchmarks.settings import Settings
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "67108864"}
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "67108864",
+}
 """glibc keeps freed memory instead of returning it to the system and faulting it in again."""
 
 
