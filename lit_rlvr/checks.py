@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 
 from lit_rlvr.near import did_you_mean
 
@@ -59,6 +59,13 @@ def check_trainer(module: RLVRModule, trainer: pl.Trainer) -> None:
         ValueError: Saying what to change.
     """
     _ = module.data  # refuses another data module, or none
+    if isinstance(trainer.strategy, FSDPStrategy):
+        raise ValueError(
+            "trainer.strategy fsdp is PyTorch's first FSDP, in which backward passes inside a step fail; use --config "
+            "configs/strategy/fsdp.yaml, which is its successor"
+        )
+    if module.critic_settings is not None and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ValueError("a critic is not sharded, so it needs --config configs/strategy/ddp.yaml or a single device")
     if module.critic_settings is not None and trainer.gradient_clip_algorithm == "value":
         raise ValueError("policy and critic are clipped apart, by norm; trainer.gradient_clip_algorithm must be norm")
     if trainer.accumulate_grad_batches != 1:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 POLICY = "policy.hf."
 METADATA = "meta.pt"
@@ -88,11 +90,11 @@ def read(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def read_shards(folder: Path) -> dict[str, Tensor]:
     """The model's tensors, put together from shards; the optimizer's are left on the disk."""
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors: dict[str, Tensor] = {}
     for name, about in stored.items():
         # Lightning files the weights under state_dict with FSDP2, and under model with FSDP1.
-        if name.split(".")[0] in ("state_dict", "model") and isinstance(about, dcp.metadata.TensorStorageMetadata):
+        if name.split(".")[0] in ("state_dict", "model") and isinstance(about, TensorStorageMetadata):
             tensors[name] = torch.empty(about.size, dtype=about.properties.dtype)
-    dcp.load(dict(tensors), checkpoint_id=folder, no_dist=True)
+    load(dict(tensors), checkpoint_id=folder, no_dist=True)
     return {name.split(".", 1)[1]: value for name, value in tensors.items()}

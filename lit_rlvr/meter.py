@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lit_rlvr.reduce import Reduce
 
-MEANS = ("ratio", "clip_low", "clip_high", "kl_old", "entropy")
+MEANS: tuple[str, ...] = ("ratio", "clip_low", "clip_high", "kl_old", "entropy")
 """Means over the tokens that learn."""
 
-SUMS = (
+SUMS: tuple[str, ...] = (
     "tokens",
     "loss",
     *MEANS,

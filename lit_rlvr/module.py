@@ -81,6 +81,9 @@ class RLVRModule(EvaluationSteps):
         ValueError: When options do not go together.
     """
 
+    reference: Any
+    """The frozen reference model. Outside of the module tree, so that it is neither trained, nor wrapped, nor saved."""
+
     def __init__(
         self,
         model: str,
@@ -117,7 +120,6 @@ class RLVRModule(EvaluationSteps):
         self._metrics: dict[str, float] = {}
         self._mini: MiniBatch
         self._configured: Hyperparameters
-        # Outside of the module tree, so that it is neither trained, nor wrapped, nor saved in checkpoints.
         object.__setattr__(self, "reference", None)
         check_algorithm(self)
 

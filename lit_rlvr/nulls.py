@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 from jsonargparse import Namespace
 
 
-def nulls(cls: type, values: Any, name: str) -> Iterator[str]:
+def nulls(cls: Any, values: Any, name: str) -> Iterator[str]:
     """Dotted names of options that are null although the class's own annotations do not allow it.
 
     Args:

@@ -64,14 +64,14 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def model_to_device(self) -> None:
         """Move what Lightning would move, apart from an offloaded policy."""
-        assert self.lightning_module is not None
-        policy = self.lightning_module.policy if self.cpu_offload else None
+        module: Any = self.lightning_module
+        policy = module.policy if self.cpu_offload else None
         if policy is None:
             super().model_to_device()
             return
-        self.lightning_module.policy = None
+        module.policy = None
         super().model_to_device()
-        self.lightning_module.policy = policy
+        module.policy = policy
 
     def _get_process_group_backend(self) -> str:
         if self._process_group_backend is None and self.cpu_offload and self.root_device.type == "cuda":
@@ -181,4 +181,6 @@ def gathered(policy: nn.Module) -> Iterator[None]:
 
 def whole_weights(policy: nn.Module) -> dict[str, Tensor]:
     """The state dict with whole tensors on the CPU; every rank calls it, of a sharded policy only the first has it."""
-    return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: dict[str, Any] = get_model_state_dict(policy, options=options)
+    return weights

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lit_rlvr.cli_errors import did_you_mean
 from lit_rlvr.compare.measures import Result, read_result
 from lit_rlvr.compare.runs import Run, runs_of
 from lit_rlvr.compare.spec import Comparison, read
+from lit_rlvr.near import did_you_mean
 
 FIT = (sys.executable, "-m", "lit_rlvr", "fit")
 DESCRIPTION = """Run arms with several seeds each, and compare them: means, paired differences with confidence

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lit_rlvr.cli_errors import did_you_mean
 from lit_rlvr.compare.statistics import Better
+from lit_rlvr.near import did_you_mean
 
 REPORT, METRICS = "report.json", "metrics/metrics.csv"
 AFTER = "after RLVR"

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from lit_rlvr.cli_errors import did_you_mean, missing_file
+from lit_rlvr.cli_errors import missing_file
 from lit_rlvr.compare.measures import Measure, read_measure
+from lit_rlvr.near import did_you_mean
 
 LAYER = ("config", "set", "callbacks", "callbacks+")
 OURS = ("seed_everything", "model.seed", "threads", "trainer.default_root_dir", "trainer.logger", "config")

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lit_rlvr.cli_errors import did_you_mean
 from lit_rlvr.compare.measures import Measure, Result
 from lit_rlvr.compare.runs import Run
 from lit_rlvr.compare.spec import Comparison
 from lit_rlvr.compare.statistics import Difference, Summary, paired_difference, summarise, verdict
+from lit_rlvr.near import did_you_mean
 
 Results = Mapping[str, Mapping[int, Result]]
 """What finished runs have left, by arm and seed."""

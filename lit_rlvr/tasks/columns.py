@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lit_rlvr.places import Place, did_you_mean
+from lit_rlvr.near import did_you_mean
+from lit_rlvr.places import Place
 
 
 @dataclass(frozen=True)
