@@ -90,7 +90,7 @@ class RLVRProgress(ProgressBar):
         if self._bar is None:
             return
         self._bar.update(self._task, completed=trainer.global_step)
-        if seconds:
+        if seconds and phase is not None:
             self._recent.append({"step": trainer.global_step, **phase.metrics, **seconds})
             if self._live is None:
                 self._say(now)
