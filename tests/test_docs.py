@@ -21,7 +21,8 @@ import pytest
 import torch
 import yaml
 from command_line import CONFIGS, QUICKSTART, cli, succeed
-from rollouts import build_rollout, full_credit
+from rollouts import build_rollout, full_credit, random_credit, random_rollout
+from test_credit_laws import TABLE, act
 
 import lit_rlvr.cli  # noqa: F401  # before a snippet runs with another Trainer
 from lit_rlvr.models import BUILTIN, TINY, resolve_model
@@ -204,35 +205,58 @@ def test_the_callback_of_the_page_does_what_it_says(place: Path) -> None:
     assert torch.equal(after.advantage, credit.advantage)
 
 
+def listed_metrics() -> list[str]:
+    """The first column of the page's tables."""
+    return re.findall(r"^\| `([^`]+)` \|", (DOCS / "metrics.md").read_text(), re.MULTILINE)
+
+
+def logged_metrics(file: Path) -> set[str]:
+    """Every name of which a CSV log holds a value."""
+    with file.open() as rows:
+        return {name for row in csv.DictReader(rows) for name, value in row.items() if value}
+
+
 def test_the_page_of_metrics_lists_what_a_run_logs(tmp_path: Path) -> None:
-    """Neither more nor less, with every callback of the package, a KL penalty and several rewards."""
-    callbacks = [
-        {"class_path": "StageDetector", "init_args": {"window": 1}}, "EntropyTopK", "PerplexityShaping",
-        "PositionShaping",
-    ]  # fmt: skip
+    """Neither more nor less: a KL penalty and several rewards; a critic, bfloat16 and a penalty; a test."""
     own, table = ROOT / "examples/own_problems/train.yaml", CONFIGS / "logger/csv.yaml"
+    small = (*SMALL, "--trainer.max_steps=4", "--config", str(table), "--model.dynamic_sampling=null")
     succeed(
-        tmp_path, "fit", *QUICKSTART, "--config", str(own), "--config", str(table), *SMALL, "--trainer.max_steps=4",
-        "--model.dynamic_sampling=null", "--model.kl.beta=0.1", "--trainer.val_check_interval=4",
+        tmp_path, "fit", *QUICKSTART, "--config", str(own), *small, "--model.kl.beta=0.1",
+        "--trainer.val_check_interval=4", "--trainer.callbacks=StageDetector", "--trainer.default_root_dir=a",
         "--model.evaluations={several: {samples: 4, k: [2], max_new_tokens: 16}}",
-        f"--trainer.callbacks={json.dumps(callbacks)}",
     )  # fmt: skip
-    (root,) = (tmp_path / "runs").iterdir()
+    succeed(
+        tmp_path, "fit", *QUICKSTART, "--config", str(CONFIGS / "algorithm/ppo.yaml"), *small, "--warmup=null",
+        "--model.dtype=bfloat16", "--trainer.callbacks=EntropyBonus", "--trainer.default_root_dir=b",
+    )  # fmt: skip
     succeed(
         tmp_path, "test", *QUICKSTART, "--config", str(table), "--data.eval_prompts=4", "--trainer.default_root_dir=t"
     )
-    logged: set[str] = set()
-    for file in (root / "metrics/version_0/metrics.csv", tmp_path / "t/metrics/version_0/metrics.csv"):
-        with file.open() as rows:
-            logged |= {name for row in csv.DictReader(rows) for name, value in row.items() if value}
+    logged = {name for run in "abt" for name in logged_metrics(tmp_path / run / "metrics/version_0/metrics.csv")}
     general = {re.sub(r"^(val|test)/\w+/", r"\1/<way>/", name) for name in logged - {"step", "epoch"}}
     general = {re.sub(r"(mean|maj)_at_\d+", r"\1_at_<n>", name).replace("pass_at_2", "pass_at_<k>") for name in general}
     general = {re.sub(r"reward_(right|digits)$", "reward_<reward>", name) for name in general}
-    listed = re.findall(r"^\| `([^`]+)` \|", (DOCS / "metrics.md").read_text(), re.MULTILINE)
+    listed = listed_metrics()
     assert len(listed) == len(set(listed))
     tested = {name.replace("test/", "val/") for name in general if name.startswith("test/")}
     assert tested == {f"val/<way>/{name}" for name in ("mean_at_<n>", "length", "truncated", "entropy")}
-    assert {name for name in general if not name.startswith("test/")} == set(listed)
+    of_callback = re.compile(r"credit/[A-Z]")
+    of_run = {name for name in general if not name.startswith("test/") and not of_callback.match(name)}
+    assert of_run - {"val/<way>/mean_at_<n>"} == {name for name in listed if not of_callback.match(name)} - {
+        "val/<way>/mean_at_<n>"
+    }
+
+
+def test_the_page_of_metrics_lists_what_callbacks_log() -> None:
+    """Every class of the package, with every option of the law table, over some phases."""
+    logged: set[str] = set()
+    for entry in TABLE.values():
+        for make in entry.active.values():
+            callback = make()
+            for step in range(4):
+                rollout = random_rollout([4, 4], 8, seed=step)
+                logged |= act(callback, rollout, random_credit(rollout, step), step=step).metrics.keys()
+    assert {name for name in listed_metrics() if re.match(r"credit/[A-Z]", name)} == logged
 
 
 def messages() -> list[str]:
