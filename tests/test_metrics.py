@@ -6,6 +6,8 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
