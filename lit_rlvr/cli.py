@@ -86,7 +86,8 @@ class Parser(LightningArgumentParser):
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Read a configuration file, unless something is wrong with it."""
         check_file(str(path), option_keys(self))
-        return super().parse_path(path, *args, **kwargs)
+        parsed: Namespace = super().parse_path(path, *args, **kwargs)
+        return parsed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if os.environ.get("LIT_RLVR_DEBUG") or not self.exit_on_error:
