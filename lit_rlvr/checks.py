@@ -120,7 +120,9 @@ def check_trainer_options(options: dict[str, Any], found_here: bool = True) -> N
     for name, known in (("strategy", StrategyRegistry), ("accelerator", AcceleratorRegistry)):
         names = ["auto", *(["gpu"] if name == "accelerator" else []), *known]
         if isinstance(options.get(name), str) and options[name] not in names:
-            hint = did_you_mean(options[name], names) or f"; there are {', '.join(names)}"
+            hint = did_you_mean(options[name], names) or f"; common are {', '.join(names[:4])}"
+            if options[name].endswith("Strategy"):
+                hint = f"; a class is written {{class_path: {options[name]}}}"
             raise ValueError(f"there is no trainer.{name} {options[name]!r}{hint}")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     there["gpu"] = any(there.values())

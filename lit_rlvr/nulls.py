@@ -19,7 +19,7 @@ def nulls(cls: Any, values: Any, name: str) -> Iterator[str]:
         name: What they are called together.
     """
     try:
-        hints = get_type_hints(cls.__init__)
+        hints = get_type_hints(inspect.getattr_static(cls, "__init__"))
     except NameError:  # annotations that only its author's type checker can resolve
         return
     parameters = inspect.signature(cls).parameters

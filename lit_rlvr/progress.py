@@ -82,16 +82,16 @@ class RLVRProgress(ProgressBar):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         last_of_phase = batch.minibatch == pl_module.batch.steps_per_phase - 1
-        now, seconds = time.perf_counter(), dict[str, float]()
-        phase: Any = pl_module.phase
-        if last_of_phase and phase is not None:
-            seconds = {"time/learn_s": now - phase.ready}
+        now, row = time.perf_counter(), dict[str, float]()
+        if last_of_phase and pl_module.phase is not None:
+            seconds = {"time/learn_s": now - pl_module.phase.ready}
             pl_module.emit(seconds, trainer.global_step)
+            row = {"step": trainer.global_step, **pl_module.phase.metrics, **seconds}
         if self._bar is None:
             return
         self._bar.update(self._task, completed=trainer.global_step)
-        if seconds and phase is not None:
-            self._recent.append({"step": trainer.global_step, **phase.metrics, **seconds})
+        if row:
+            self._recent.append(row)
             if self._live is None:
                 self._say(now)
         if self._live is not None:

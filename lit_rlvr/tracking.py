@@ -9,6 +9,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -92,6 +93,15 @@ class MLflow(MLFlowLogger):
         if self._run_id is not None:
             self._mlflow_client.delete_run(self._run_id)
         self._run_id = run_id
+
+    @property
+    def experiment(self) -> Any:
+        """MLflow's client, with the run open; a dummy on other ranks.
+
+        Lightning makes the address the process's default, in the environment too, where the next logger would find it.
+        """
+        with patch.dict(os.environ):
+            return super().experiment
 
     @property
     def client(self) -> Any:

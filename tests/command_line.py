@@ -107,7 +107,7 @@ def cli(folder: Path, *arguments: str) -> Outcome:
         warnings.simplefilter("default")
         for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", kind)
-        # MLflow keeps a connection by its address, so in one process a relative one would lead to the first folder.
+        # A command of an earlier test, or the developer's own environment, may have named another database.
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         try:
             code: Any = main(list(arguments))

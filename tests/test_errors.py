@@ -227,6 +227,10 @@ ON_THE_COMMAND_LINE: dict[str, tuple[list[str], str]] = {
         "limit_val_batches must be a number, a whole number or null, got",
     ),
     "strategy": ([*RUN, "--trainer.strategy=ddpp"], "there is no trainer.strategy 'ddpp'; did you mean ddp?"),
+    "class of a strategy": (
+        [*RUN, "--trainer.strategy=ModelParallelStrategy"],
+        "there is no trainer.strategy 'ModelParallelStrategy'; a class is written {class_path: ModelParallelStrategy}",
+    ),
     "accelerator": ([*RUN, "--trainer.accelerator=gpuu"], "there is no trainer.accelerator 'gpuu'; did you mean gpu?"),
     "no devices": ([*RUN, "--trainer.devices=0"], "trainer.devices must be auto, a number from 1, or a list"),
     "devices": ([*RUN, "--trainer.devices=abc"], "trainer.devices must be auto, a number from 1, or a list"),

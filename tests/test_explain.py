@@ -42,7 +42,7 @@ def test_the_arithmetic_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_for_other_machines_is_explained_here(capsys: pytest.CaptureFixture[str]) -> None:
     """GPUs, many nodes and a sharded strategy need not be at hand."""
-    strategy = "--trainer.strategy=ModelParallelStrategy"
+    strategy = "--trainer.strategy={class_path: ModelParallelStrategy}"
     out = explained(
         capsys, "--trainer.accelerator=cuda", "--trainer.devices=8", "--trainer.num_nodes=2", strategy, LONG
     )

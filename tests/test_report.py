@@ -116,6 +116,8 @@ def test_places(tmp_path: Path) -> None:
     assert places(trainer)["trained model"] == "elsewhere"
     assert "rollouts" not in places(trainer)
     (tmp_path / "rollouts").mkdir()
+    assert "rollouts" not in places(trainer)
+    (tmp_path / "rollouts/phase_000000.html").write_text("")
     assert places(trainer)["rollouts"] == f"{tmp_path}/rollouts/index.html"
 
 

@@ -105,12 +105,12 @@ def test_the_learning_rate_is_the_one_of_the_step(run: Run, client: MlflowClient
 def test_a_rollout_is_logged_once_per_phase(run: Run, client: MlflowClient) -> None:
     """With the phase's first optimiser step, its callbacks' numbers and its times included."""
     assert names(run, "rollout/") >= {"reward", "correct", "entropy", "length", "usable_groups", "tokens_per_s"}
-    assert names(run, "time/") >= {"generate_s", "verify_s", "score_s", "credit_s", "phase_s"}
+    assert names(run, "time/") >= {"generate_s", "verify_s", "score_s", "credit_s", "phase_s", "learn_s"}
     assert names(run, "credit/EntropyTopK/") >= {"kept_fraction", "threshold", "entropy_kept", "entropy_dropped"}
     assert names(run, "credit/StageDetector/") >= {"smoothed_entropy", "plateau"}
     logged = [name for name in run.data.metrics if name.startswith(("rollout/", "time/", "credit/"))]
     for name in logged:
-        assert list(history(client, run, name)) == [1, 3], name
+        assert list(history(client, run, name)) == ([2, 4] if name == "time/learn_s" else [1, 3]), name
     usable, rounds = (history(client, run, f"rollout/{name}") for name in ("usable_groups", "rounds"))
     assert all(4 <= groups <= 8 for groups in usable.values())
     assert all(1 <= number <= 2 for number in rounds.values())
