@@ -7,7 +7,7 @@ VLLM_ENV ?= .vllm-env
 VLLM_STAMP = $(VLLM_ENV)/.installed
 SEED ?= 0
 
-.PHONY: help setup quickstart test test-vllm check slow seeds docs clean
+.PHONY: help setup quickstart test test-vllm check slow seeds bench docs clean
 
 help:            ## List the targets.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -53,6 +53,10 @@ check: setup     ## Linters, type checkers, import contract, doctests and tests.
 
 seeds: setup     ## The quickstart on seeds 0, 1 and 2, and the bottom-80 % control; about five minutes.
 	$(RUN)/python -m pytest -m long tests/test_quickstart.py
+
+bench: setup     ## Whole steps against TRL on this machine's CPU, models S and M; some ten minutes.
+	$(RUN)/python -m benchmarks step --size S
+	$(RUN)/python -m benchmarks step --size M --repeats 3
 
 docs: setup      ## Build the documentation into site/, refusing broken links.
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict

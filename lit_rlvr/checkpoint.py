@@ -73,7 +73,7 @@ def check_resumable(path: Path, strategy: Strategy) -> None:
     Raises:
         ValueError: Saying what can.
     """
-    if path.is_file() and not zipfile.is_zipfile(path):
+    if not (zipfile.is_zipfile(path) or (path / "meta.pt").is_file()):
         raise ValueError(f"{path} is no checkpoint of a run, or is cut short")
     if path.is_dir() and not isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
         raise ValueError(

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 options = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:] if "=" in word)
-folder, seed = Path(options["trainer.default_root_dir"]), options["seed_everything"]
+folder, seed = Path(options.get("trainer.default_root_dir", ".")).resolve(), options.get("seed_everything", "0")
 ORDER = folder.parents[1] / "order.txt"
 
 
@@ -44,14 +44,20 @@ def leave_results() -> None:
     (folder / "report.json").write_text(json.dumps(report))
 
 
-note("begin")
-if "fake.wait" in options:
-    wait(Path(options["fake.wait"]))
-if "fake.code" in options and options.get("fake.fail_seed", seed) == seed:
-    print("\n".join(f"line {n}" for n in range(30)))
-    print("lit-rlvr: error: the fake run was told to fail")
-    sys.exit(int(options["fake.code"]))
-print(f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
-print(options["trainer.logger"])
-leave_results()
-note("end")
+def main() -> None:
+    """Run as the options say."""
+    note("begin")
+    if "fake.wait" in options:
+        wait(Path(options["fake.wait"]))
+    if "fake.code" in options and options.get("fake.fail_seed", seed) == seed:
+        print("\n".join(f"line {n}" for n in range(30)))
+        print("lit-rlvr: error: the fake run was told to fail")
+        sys.exit(int(options["fake.code"]))
+    print(f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
+    print(options["trainer.logger"])
+    leave_results()
+    note("end")
+
+
+if __name__ == "__main__":
+    main()

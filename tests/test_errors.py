@@ -117,8 +117,8 @@ IN_YAML: dict[str, tuple[str, str]] = {
     "null": ("model: {loss: null}", "model.loss cannot be null; leave it out for the default"),
     "null number": ("model: {batch: {prompts: null}}", "model.batch.prompts cannot be null"),
     "null of a callback": (
-        "trainer: {callbacks: [{class_path: EntropyTopK, init_args: {rho: null}}]}",
-        "trainer.callbacks.rho cannot be null",
+        "trainer: {callbacks: [{class_path: PositionShaping, init_args: {slope: null}}]}",
+        "trainer.callbacks.slope cannot be null",
     ),
     "empty file": ("", "mine.yaml is empty: it has no options"),
     "only a comment": ("# nothing yet", "mine.yaml is empty: it has no options"),
@@ -224,7 +224,7 @@ ON_THE_COMMAND_LINE: dict[str, tuple[list[str], str]] = {
     "section": ([*RUN, "--model.batch=5"], "model.batch is a section: set its options, as in --model.batch."),
     "limit": (
         [*RUN, "--trainer.limit_val_batches=x"],
-        "limit_val_batches must be a number, a whole number or null, got",
+        "trainer.limit_val_batches must be a",
     ),
     "strategy": ([*RUN, "--trainer.strategy=ddpp"], "there is no trainer.strategy 'ddpp'; did you mean ddp?"),
     "class of a strategy": (

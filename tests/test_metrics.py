@@ -135,7 +135,9 @@ def test_an_evaluation_is_as_long_as_training_unless_it_says_otherwise() -> None
         raise InterruptedError
 
     module: Any = SimpleNamespace(
-        engine=SimpleNamespace(generate=generate),
+        engine=SimpleNamespace(generate=generate, sync=lambda *_: None),
+        trainer=SimpleNamespace(global_step=0),
+        reduce=None,
         sampling=Sampling(max_new_tokens=7),
         policy=None,
         tokenizer=None,

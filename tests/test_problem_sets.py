@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_rlvr.data import first_of_each
-from lit_rlvr.engines import Generation
+from lit_rlvr.engines import Generation, Sampling
 from lit_rlvr.evaluate import Evaluator
 from lit_rlvr.rewards import ExactMatch
 from lit_rlvr.settings import Evaluation
@@ -56,10 +56,13 @@ def test_test_problems_may_have_sets_too(files: dict[str, str]) -> None:
     assert [p.benchmark for p in task.prompts("test")] == ["easy"] * 3
 
 
-def test_the_digest_is_about_every_set(files: dict[str, str]) -> None:
-    before = task_of(files).digest
+def test_a_warm_start_does_not_depend_on_held_out_sets(files: dict[str, str]) -> None:
+    """It imitates training problems alone; a set that is not there is refused all the same."""
+    before = task_of(files).demonstration_facts()
     Path(files["hard"]).write_text('{"question": "1?", "gold": ["1"]}\n')
-    assert task_of(files).digest != before
+    assert task_of(files).demonstration_facts() == before
+    with pytest.raises(ValueError, match="no file"):
+        task_of({**files, "hard": "nothing.jsonl"})
 
 
 @pytest.mark.parametrize(
@@ -143,6 +146,7 @@ def test_each_set_is_reported_and_their_mean_weighs_sets_alike() -> None:
     ]
     data = type("Data", (), {"verifier": fixed})
     facts = {"engine": fixed, "policy": None, "tokenizer": fixed, "seed": 0, "data": data, "reduce": None}
+    facts["sampling"] = Sampling()
     module: Any = type("Module", (), {**facts, "trainer": type("Trainer", (), {"global_step": 0})})
     evaluator = Evaluator({"way": Evaluation(samples=2)})
     for _ in range(2):  # the second evaluation begins afresh
@@ -173,7 +177,7 @@ def test_sets_in_yaml_are_evaluated_from_end_to_end(files: dict[str, str], tmp_p
     folder.mkdir()
     layers = ("--config", str(CONFIGS / "quickstart.yaml"), "--config", str(tmp_path / "task.yaml"))
     done = succeed(folder, "explain", *layers, "--trainer.logger=false")
-    assert "sampled: 1 response(s) to 4 problems" in done.out
+    assert "sampled: 1 response(s) of at most 34 tokens to 4 problems" in done.out
     assert "reported for each set and as their mean: easy 2, hard 2" in done.out
     done = succeed(folder, "validate", *layers, "--trainer.logger=false", "--model.sampling.max_new_tokens=4")
     for name in ("sampled", "sampled/easy", "sampled/hard", "greedy/hard"):
