@@ -11,6 +11,7 @@ with both sums over a whole mini-batch and all ranks. :meth:`RLVRModule.training
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from lit_rlvr.data import EvalTicket, RLVRDataModule, Ticket
 from lit_rlvr.engines import Engine, InProcessEngine, Sampling
 from lit_rlvr.evaluate import Evaluator
 from lit_rlvr.kl import KLPenalty
+from lit_rlvr.lora import LoRA, WithoutAdapters
 from lit_rlvr.losses import ClippedSurrogate, PolicyLoss
 from lit_rlvr.microbatch import MicroBatch, empty, lay_out, split_rows
 from lit_rlvr.models import resolve_model, save_model
@@ -55,6 +57,7 @@ class RLVRModule(pl.LightningModule):
             of an installed package that holds it), or ``builtin:tiny-qwen3-75k``.
         dtype: Dtype of the weights: ``float32``, ``bfloat16`` or ``float64``.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        lora: Adapters to train instead of the weights; null: train all weights.
         batch: Sizes of a rollout phase and of its optimiser steps.
         sampling: How rollouts are drawn. Always from the full distribution.
         engine: What draws them.
@@ -62,7 +65,8 @@ class RLVRModule(pl.LightningModule):
         loss: Surrogate objective of a token.
         aggregation: How tokens are averaged.
         kl: Penalty for leaving the reference model; null: no reference model is loaded.
-        reference: Folder or name of the reference model; null: the same as ``model``.
+        reference: Folder or name of the reference model; null: the same as ``model``, with ``lora`` the policy itself
+            with its adapters off.
         overlong: Penalty on responses near the length limit.
         dynamic_sampling: Keep only groups that are neither all right nor all wrong; null: keep every group.
         optimizer: Makes the optimizer from the parameters.
@@ -79,6 +83,7 @@ class RLVRModule(pl.LightningModule):
         model: str,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
         batch: Batch = Batch(),
         sampling: Sampling = Sampling(),
         engine: Engine | None = None,
@@ -96,6 +101,7 @@ class RLVRModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.dtype_name, self.gradient_checkpointing = model, dtype, gradient_checkpointing
+        self.lora = lora
         self.batch, self.sampling, self.engine = batch, sampling, engine or InProcessEngine()
         self.advantage, self.loss, self.aggregation = advantage, loss, aggregation
         self.kl, self.reference_path, self.overlong = kl, reference, overlong
@@ -227,8 +233,11 @@ class RLVRModule(pl.LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        self.policy = self.open_policy(self.model, gradient_checkpointing=self.gradient_checkpointing)
-        if self.kl is not None:
+        options = {"gradient_checkpointing": self.gradient_checkpointing, "lora": self.lora}
+        self.policy = self.open_policy(self.model, **options)
+        if self.kl is not None and self.lora is not None and self.reference_path is None:
+            object.__setattr__(self, "reference", WithoutAdapters(self.policy))
+        elif self.kl is not None:
             reference = self.open_policy(self.reference_path or self.model)
             object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
 
@@ -255,7 +264,7 @@ class RLVRModule(pl.LightningModule):
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         configured_again(self.trainer.optimizers[0], schedulers, self._configured)
         self.policy.train()
-        if self.reference is not None:
+        if isinstance(self.reference, Policy):
             self.place(self.reference)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -299,15 +308,19 @@ class RLVRModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_steps"] = self.skipped_steps
-        checkpoint["policy"] = {"model": self.model}
+        checkpoint["policy"] = {"model": self.model, "lora": None if self.lora is None else asdict(self.lora)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps = checkpoint["skipped_steps"]
 
     def save_policy(self, folder: str | Path) -> Path:
-        """Write policy and tokenizer as a Hugging Face folder for ``from_pretrained``; every rank may call it."""
+        """Write policy and tokenizer as a Hugging Face folder for ``from_pretrained``; every rank calls it.
+
+        With ``lora`` the folder holds the adapters alone, and the name of the model that they belong to.
+        """
         path = Path(folder)
-        weights = {name.removeprefix("hf."): value for name, value in whole_weights(self.policy).items()}
+        whole = whole_weights(self.policy, trained_only=self.lora is not None)
+        weights = {name.removeprefix("hf."): value for name, value in whole.items()}
         if self.trainer.is_global_zero:
             save_model(self.policy.hf, self.tokenizer, path, weights)
         return path
