@@ -30,7 +30,7 @@ test: setup      ## Run the tests.
 	$(RUN)/python -m pytest
 
 slow: setup      ## Run the slow tests.
-	$(RUN)/python -m pytest -m slow --numprocesses=0
+	$(RUN)/python -m pytest -m slow
 
 # vLLM needs other versions of some packages, so it has an environment of its own: 3.5 GB.
 $(VLLM_STAMP):

@@ -20,8 +20,7 @@ class PhaseCheckpoint(Checkpoint):
 
     They are called ``phase_000010.ckpt`` and so on, after as many phases, and ``last.ckpt`` is a link to the newest.
     Each is a file; under a sharded strategy, unless it is told otherwise, a folder with the part of every process.
-    Resume with
-    ``lit-rlvr fit --config ... --ckpt_path=runs/NAME/checkpoints/last.ckpt``.
+    Resume with ``lit-rlvr fit --config ... --ckpt_path=runs/NAME/checkpoints/last.ckpt``.
 
     Args:
         every: Rollout phases between two checkpoints.
@@ -78,8 +77,7 @@ def check_resumable(path: Path, strategy: Strategy) -> None:
     if path.is_dir() and not isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
         raise ValueError(
             f"{path} is a folder of shards, which only a sharded strategy reads: add --config "
-            "configs/strategy/fsdp.yaml (one process will do), or begin a new run with what `lit-rlvr export` makes of "
-            "it"
+            "configs/strategy/fsdp.yaml (one process will do), or begin a run with what `lit-rlvr export` makes of it"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 
+from lit_rlvr.engines import InProcessEngine
 from lit_rlvr.near import did_you_mean
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ def check_algorithm(module: RLVRModule) -> None:
     if critic is not None and not needs:
         raise ValueError(
             f"a critic is given, but advantage {type(module.advantage).__name__} does not use it; use advantage: GAE"
+        )
+    if module.lora is not None and not isinstance(module.engine, InProcessEngine):
+        raise ValueError(
+            f"adapters are not pushed to {type(module.engine).__name__}; with model.lora leave model.engine null, or train "
+            "all weights"
         )
     if module.reference_path is not None and module.kl is None:
         raise ValueError("a reference model is given, but nothing uses it: kl is null")

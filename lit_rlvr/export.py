@@ -52,6 +52,7 @@ def export(checkpoint: Path, out: Path, model: str | None = None) -> None:
     """
     from transformers import AutoTokenizer
 
+    from lit_rlvr.lora import LoRA, merged_weights
     from lit_rlvr.models import resolve_model, save_model
     from lit_rlvr.policy import load_policy
 
@@ -59,11 +60,14 @@ def export(checkpoint: Path, out: Path, model: str | None = None) -> None:
     if model is None and "model" not in source:
         raise ValueError(f"{checkpoint} does not say what model it was trained from; give --model")
     path = resolve_model(model or source["model"])
-    policy = load_policy(path, str(next(iter(weights.values())).dtype).removeprefix("torch."), empty=True)
-    wanted = {name for name, _ in policy.hf.named_parameters()}
-    if missing := sorted(wanted - weights.keys()):
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    lora = LoRA(**source["lora"]) if source.get("lora") else None
+    trained = load_policy(path, dtype, lora=lora, empty=True).hf
+    if missing := sorted({name for name, _ in trained.named_parameters()} - weights.keys()):
         raise ValueError(f"{checkpoint} is of another model than {path}: it has no {missing[0]}")
-    save_model(policy.hf, AutoTokenizer.from_pretrained(path), out, weights)
+    if lora is not None:
+        weights, trained = merged_weights(trained, weights), load_policy(path, dtype, empty=True).hf
+    save_model(trained, AutoTokenizer.from_pretrained(path), out, weights)
 
 
 def read(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

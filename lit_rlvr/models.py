@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from lit_rlvr.lora import ADAPTER
 from lit_rlvr.near import nearest
 from lit_rlvr.tasks.last_digit import ALPHABET
 
@@ -59,7 +60,7 @@ def _existing(source: str) -> str:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
+        if not (path / "config.json").exists() and not (path / ADAPTER).exists():
             raise ValueError(f"{source} is no model folder: it has no config.json")
         return str(path)
     if source.startswith((".", "/", "~")) or source.count("/") > 1:

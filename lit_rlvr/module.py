@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from lit_rlvr.data import RLVRDataModule, Ticket
 from lit_rlvr.engines import Engine, InProcessEngine, Sampling
 from lit_rlvr.evaluate import EvaluationSteps
 from lit_rlvr.kl import KLPenalty
+from lit_rlvr.lora import LoRA, WithoutAdapters
 from lit_rlvr.losses import ClippedSurrogate, PolicyLoss
 from lit_rlvr.meter import Meter
 from lit_rlvr.microbatch import MicroBatch, cut
@@ -61,6 +62,7 @@ class RLVRModule(EvaluationSteps):
             of an installed package that holds it), or ``builtin:tiny-qwen3-75k``.
         dtype: Dtype of the weights: ``float32``, ``bfloat16`` or ``float64``.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        lora: Adapters to train instead of the weights; null: train all weights.
         batch: Sizes of a rollout phase and of its optimiser steps.
         sampling: How rollouts are drawn. Always from the full distribution.
         engine: What draws them.
@@ -69,7 +71,8 @@ class RLVRModule(EvaluationSteps):
         loss: Surrogate objective of a token.
         aggregation: How tokens are averaged.
         kl: Penalty for leaving the reference model; null: no reference model is loaded.
-        reference: Folder or name of the reference model; null: the same as ``model``.
+        reference: Folder or name of the reference model; null: the same as ``model``, with ``lora`` the policy itself
+            with its adapters off.
         overlong: Penalty on responses near the length limit.
         dynamic_sampling: Keep only groups that are neither all right nor all wrong; null: keep every group.
         optimizer: Makes the optimizer from the parameters.
@@ -89,6 +92,7 @@ class RLVRModule(EvaluationSteps):
         model: str,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
         batch: Batch = Batch(),
         sampling: Sampling = Sampling(),
         engine: Engine | None = None,
@@ -107,6 +111,7 @@ class RLVRModule(EvaluationSteps):
     ) -> None:
         super().__init__(evaluations or {"sampled": Evaluation(max_new_tokens=sampling.max_new_tokens)})
         self.model, self.dtype_name, self.gradient_checkpointing = model, dtype, gradient_checkpointing
+        self.lora = lora
         self.batch, self.sampling, self.engine = batch, sampling, engine or InProcessEngine()
         self.advantage, self.critic_settings, self.loss, self.aggregation = advantage, critic, loss, aggregation
         self.kl, self.reference_path, self.overlong = kl, reference, overlong
@@ -269,8 +274,11 @@ class RLVRModule(EvaluationSteps):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        self.policy = self.open_policy(self.model, gradient_checkpointing=self.gradient_checkpointing)
-        if self.kl is not None:
+        options = {"gradient_checkpointing": self.gradient_checkpointing, "lora": self.lora}
+        self.policy = self.open_policy(self.model, **options)
+        if self.kl is not None and self.lora is not None and self.reference_path is None:
+            object.__setattr__(self, "reference", WithoutAdapters(self.policy))
+        elif self.kl is not None:
             reference = self.open_policy(self.reference_path or self.model)
             object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
         if self.critic_settings is not None:
@@ -302,7 +310,7 @@ class RLVRModule(EvaluationSteps):
         self.policy.train()
         if self.critic is not None:
             self.critic.train()
-        if self.reference is not None:
+        if isinstance(self.reference, Policy):
             self.place(self.reference)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -328,15 +336,19 @@ class RLVRModule(EvaluationSteps):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped_steps"] = self.skipped_steps
-        checkpoint["policy"] = {"model": self.model}
+        checkpoint["policy"] = {"model": self.model, "lora": None if self.lora is None else asdict(self.lora)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps = checkpoint["skipped_steps"]
 
     def save_policy(self, folder: str | Path) -> Path:
-        """Write policy and tokenizer as a Hugging Face folder for ``from_pretrained``; every rank may call it."""
+        """Write policy and tokenizer as a Hugging Face folder for ``from_pretrained``; every rank calls it.
+
+        With ``lora`` the folder holds the adapters alone, and the name of the model that they belong to.
+        """
         path = Path(folder)
-        weights = {name.removeprefix("hf."): value for name, value in whole_weights(self.policy).items()}
+        whole = whole_weights(self.policy, trained_only=self.lora is not None)
+        weights = {name.removeprefix("hf."): value for name, value in whole.items()}
         if self.trainer.is_global_zero:
             save_model(self.policy.hf, self.tokenizer, path, weights)
         return path

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lit_rlvr.head import LogitTransform, TokenLoss, chunked_logprobs, selected_loss
+from lit_rlvr.lora import LoRA, add_adapters, base_of, merge_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -128,16 +129,23 @@ def check_head(policy: Policy) -> None:
 
 
 def load_policy(
-    path: str, dtype: str = "float32", *, gradient_checkpointing: bool = False, empty: bool = False
+    path: str,
+    dtype: str = "float32",
+    *,
+    gradient_checkpointing: bool = False,
+    lora: LoRA | None = None,
+    empty: bool = False,
 ) -> Policy:
     """Load a causal language model from a folder or a hub name, ready for training.
 
     Dropout is switched off: a probability ratio compares two policies, not two dropout masks.
 
     Args:
-        path: A Hugging Face model folder or name. Code from the hub is never run.
+        path: A Hugging Face model folder or name, or a folder of adapters, which are merged into their model. Code
+            from the hub is never run.
         dtype: ``float32``, ``bfloat16`` or ``float64``.
         gradient_checkpointing: Recompute activations in the backward pass.
+        lora: Adapters to train instead of the weights.
         empty: On the meta device, without weights, unchecked: for a strategy that fills it in.
 
     Raises:
@@ -145,7 +153,8 @@ def load_policy(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    config = AutoConfig.from_pretrained(path)
+    base = base_of(path)
+    config = AutoConfig.from_pretrained(base)
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in part.to_dict().items():
             if isinstance(value, float) and ("drop" in name or "jitter" in name):
@@ -154,9 +163,13 @@ def load_policy(
         with torch.device("meta"):
             hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
         with suppress(OSError):  # it has none, and what follows from its configuration is right
-            hf.generation_config = GenerationConfig.from_pretrained(path)
+            hf.generation_config = GenerationConfig.from_pretrained(base)
     else:
-        hf = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[dtype])
+        hf = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=DTYPES[dtype])
+        if base != path:
+            hf = merge_folder(hf, path)
+    if lora is not None:
+        add_adapters(hf, lora)
     if gradient_checkpointing:
         hf.activation_checkpointing_enable()
     policy = Policy(hf)

@@ -179,8 +179,8 @@ def gathered(policy: nn.Module) -> Iterator[None]:
             part.set_reshard_after_forward(True, recurse=False)
 
 
-def whole_weights(policy: nn.Module) -> dict[str, Tensor]:
+def whole_weights(policy: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
     """The state dict with whole tensors on the CPU; every rank calls it, of a sharded policy only the first has it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     weights: dict[str, Any] = get_model_state_dict(policy, options=options)
     return weights

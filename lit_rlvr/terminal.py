@@ -20,6 +20,7 @@ NOISE = (
     r".*dataloader_iter.*",
     r".*lr_scheduler\.step\(\).*",
     r".*barrier\(\): using the device.*",
+    r".*assuming the intent is to load in a single process.*",
 )
 """Library warnings that say nothing about a run of ours."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_rlvr import Batch, RLVRDataModule
 from lit_rlvr.engines import Generation, InProcessEngine, Sampling
 from lit_rlvr.kl import KLPenalty
+from lit_rlvr.lora import LoRA
 from lit_rlvr.models import resolve_model
 from lit_rlvr.policy import Policy, load_policy
 from lit_rlvr.shaping import DynamicSampling
@@ -35,6 +37,7 @@ class Recorded(NamedTuple):
     collectives: int = 0
 
 
+# In ``ragged`` every mini-batch has one prompt, so one of two ranks has nothing to learn from.
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "kl": {"kl": KLPenalty(beta=0.5)},
@@ -43,6 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
     "steps": {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0)},
     "bfloat16": {"dtype": "float32"},
 }
+if find_spec("peft") is not None:
+    CASES["lora"] = {"lora": LoRA(), "kl": KLPenalty(beta=0.5)}
 """In ``ragged`` every mini-batch has one prompt, so one of two ranks has nothing to learn from; in ``steps`` callbacks
 act in every optimiser step, and these are large."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from runs import EvenTask, Recorder, tiny_module, tiny_trainer
 from lit_rlvr import RLVRDataModule
 from lit_rlvr.checkpoint import PhaseCheckpoint
 from lit_rlvr.kl import KLPenalty
+from lit_rlvr.lora import LoRA
 from lit_rlvr.saving import SavePolicy
 from lit_rlvr.shaping import DynamicSampling
 from lit_rlvr.sharding import FSDP2Strategy
 
 HALF, WHOLE = 4, 8
+KINDS = ["shards", "file", *(["lora"] if find_spec("peft") else [])]
 
 
 def fit(folder: Path, steps: int, strategy: Any, devices: int, resume: Path | None = None, **more: Any) -> Recorder:
@@ -35,14 +38,15 @@ def fit(folder: Path, steps: int, strategy: Any, devices: int, resume: Path | No
 
 
 def main(folder: Path) -> None:
-    """For folders of shards and for one file: run to the end, run to the middle, go on from there."""
+    """For folders of shards, for one file, and for shards with adapters: run to the end, run to the middle, go on from there."""
     torch.set_num_threads(1)
-    for kind in ("shards", "file"):
-        strategy = lambda: FSDP2Strategy(save_distributed_checkpoint=kind == "shards")  # noqa: B023, E731
-        whole = fit(folder / kind / "whole", WHOLE, strategy(), 2)
-        fit(folder / kind / "half", HALF, strategy(), 2)
+    for kind in KINDS:
+        strategy = lambda: FSDP2Strategy(save_distributed_checkpoint=kind != "file")  # noqa: B023, E731
+        more = {"lora": LoRA()} if kind == "lora" else {}
+        whole = fit(folder / kind / "whole", WHOLE, strategy(), 2, **more)
+        fit(folder / kind / "half", HALF, strategy(), 2, **more)
         middle = folder / kind / "half" / "last.ckpt"
-        resumed = fit(folder / kind / "resumed", WHOLE, strategy(), 2, middle)
+        resumed = fit(folder / kind / "resumed", WHOLE, strategy(), 2, middle, **more)
         assert all(torch.equal(whole.weights[name], value) for name, value in resumed.weights.items())
         torch.save(whole.weights, folder / kind / f"weights_{torch.distributed.get_rank()}.pt")
 

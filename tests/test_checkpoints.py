@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from command_line import cli, saved_weights
 from lightning.pytorch.strategies import FSDPStrategy
-from resume_run import HALF, WHOLE, fit
+from resume_run import HALF, KINDS, WHOLE, fit
 from runs import tiny_trainer
 from test_ddp import torchrun
 from torch import Tensor
@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_rlvr.checkpoint import check_resumable
 from lit_rlvr.export import export
+from lit_rlvr.lora import LoRA
+from lit_rlvr.policy import load_policy
 from lit_rlvr.sharding import FSDP2Strategy
 
 
@@ -76,6 +78,21 @@ def test_export_is_the_policy_at_the_end(kind: str, trained: Path, tmp_path: Pat
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.float64
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([5, 6])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif("lora" not in KINDS, reason="the extra lit-rlvr[lora] is not installed")
+def test_adapters_are_saved_alone_and_exported_merged(trained: Path, tmp_path: Path, no_group: None) -> None:
+    """From shards: the exported folder and the opened adapters are one model; one process goes on from two."""
+    export(trained / "lora/whole/last.ckpt", tmp_path / "merged")
+    saved = trained / "lora/whole/policy"
+    assert not (saved / "model.safetensors").exists()
+    close(
+        load_policy(str(saved), "float64").state_dict(), load_policy(str(tmp_path / "merged"), "float64").state_dict()
+    )
+    resumed = fit(tmp_path, WHOLE, FSDP2Strategy(), 1, trained / "lora/half/last.ckpt", lora=LoRA())
+    close(resumed.weights, torch.load(trained / "lora/weights_0.pt"))
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:

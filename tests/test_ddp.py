@@ -17,7 +17,8 @@ TOGETHER = ("ddp", "fsdp")
 
 def torchrun(script: str, *arguments: str, processes: int = 2, timeout: int = 300) -> None:
     """Run a script of this folder on several processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
     command = [sys.executable, *launcher, str(HERE / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)

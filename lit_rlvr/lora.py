@@ -1,0 +1,160 @@
+"""Low-rank adapters: a frozen model learns through two thin matrices beside each of its linear layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+ADAPTER = "adapter_config.json"
+NEEDED = "model.lora needs the package peft: pip install 'lit-rlvr[lora]'"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Train adapters of rank ``r`` instead of the weights; peft makes them.
+
+    The reference model is then the policy without them, and costs no memory. There is no dropout: a probability ratio
+    compares two policies, not two dropout masks. Source: Hu et al. 2021, arXiv 2106.09685.
+
+    Args:
+        r: Rank.
+        alpha: Adapters are scaled by alpha / r.
+        target_modules: Names of linear layers, as in ``[q_proj, v_proj]``; ``all-linear``: all but the head.
+        seed: Of the adapters' first matrices; the second begin at zero, so training begins at the model itself.
+
+    Raises:
+        ValueError: When a number is out of range.
+    """
+
+    r: int = 8
+    alpha: int = 16
+    target_modules: str | list[str] = "all-linear"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha <= 0 or not self.target_modules:
+            raise ValueError(f"lora needs r and alpha above 0 and some target_modules, got {self}")
+
+
+def add_adapters(hf: PreTrainedModel, lora: LoRA) -> None:
+    """Freeze ``hf`` and put trainable adapters into it, which change nothing yet.
+
+    Raises:
+        ValueError: When peft is not installed, a layer does not exist, or the head or an embedding is named.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(NEEDED) from error
+    refuse_head(hf, lora)
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(), hf.device:
+        torch.manual_seed(lora.seed)
+        hf.add_adapter(config)
+
+
+def refuse_head(hf: PreTrainedModel, lora: LoRA) -> None:
+    """Refuse adapters on the head, whose gradient is taken without them, and on embeddings, which may be tied to it.
+
+    Raises:
+        ValueError: With the layer's name.
+    """
+    if isinstance(lora.target_modules, str):
+        return  # peft itself leaves the head out of all-linear; any other word is no layer
+    ends = {id(hf.get_output_embeddings()): "head", id(hf.get_input_embeddings()): "embedding"}
+    for name, module in hf.named_modules():
+        named = any(name == target or name.endswith(f".{target}") for target in lora.target_modules)
+        if named and id(module) in ends:
+            raise ValueError(
+                f"lora.target_modules names {name}, the {ends[id(module)]} of {type(hf).__name__}: only layers between "
+                "embedding and head can have adapters"
+            )
+
+
+def tuned_layers(module: nn.Module) -> list[Any]:
+    """The layers of ``module`` that have an adapter."""
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        return []
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """Inside, ``module`` computes without its adapters."""
+    layers = tuned_layers(module)
+    for layer in layers:
+        # Not enable_adapters(False), which also freezes them: FSDP2 and DDP have noted what is trained.
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+class WithoutAdapters:
+    """The model that a policy's adapters were added to: its reference, for no memory.
+
+    Args:
+        policy: The policy; it computes for both.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device  # type: ignore[no-any-return]
+
+    def __call__(self, *arguments: Any) -> Any:
+        with adapters_off(self.policy):
+            return self.policy(*arguments)
+
+
+def base_of(path: str) -> str:
+    """The model of a folder of adapters, or ``path`` itself if it is none."""
+    config = Path(path) / ADAPTER
+    return str(json.loads(config.read_text())["base_model_name_or_path"]) if config.is_file() else path
+
+
+def merge_folder(hf: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """Add the adapters in ``folder`` to the weights of their model.
+
+    Raises:
+        ValueError: When peft is not installed.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(NEEDED) from error
+    merged: PreTrainedModel = PeftModel.from_pretrained(hf, folder).merge_and_unload()
+    return merged
+
+
+def merged_weights(hf: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the adapters among ``weights`` to the weights beside them.
+
+    Args:
+        hf: The model with adapters, on the meta device; it is given the weights.
+        weights: Its state dict.
+
+    Returns:
+        The state dict of the model without adapters.
+    """
+    hf.load_state_dict(weights, strict=False, assign=True)
+    for layer in tuned_layers(hf):
+        layer.merge()
+    merged = {name.replace(".base_layer.", "."): value for name, value in hf.state_dict().items()}
+    return {name: value for name, value in merged.items() if ".lora_" not in name}
