@@ -51,8 +51,8 @@ def check_algorithm(module: RLVRModule) -> None:
         )
     if module.lora is not None and not isinstance(module.engine, InProcessEngine):
         raise ValueError(
-            f"adapters are not pushed to {type(module.engine).__name__}; with model.lora leave model.engine null, or train "
-            "all weights"
+            f"adapters are not pushed to {type(module.engine).__name__}; with model.lora leave model.engine null, or "
+            "train all weights"
         )
     if module.reference_path is not None and module.kl is None:
         raise ValueError("a reference model is given, but nothing uses it: kl is null")

@@ -61,6 +61,11 @@ def add_adapters(hf: PreTrainedModel, lora: LoRA) -> None:
     with torch.random.fork_rng(), hf.device:
         torch.manual_seed(lora.seed)
         hf.add_adapter(config)
+    wide = torch.float64 if hf.dtype == torch.float64 else torch.float32
+    for layer in tuned_layers(hf):
+        for name, parameter in layer.named_parameters():
+            if "lora_" in name:  # peft follows the weights' dtype, but not on the meta device
+                parameter.data = parameter.data.to(wide)
 
 
 def refuse_head(hf: PreTrainedModel, lora: LoRA) -> None:

@@ -38,7 +38,7 @@ def fit(folder: Path, steps: int, strategy: Any, devices: int, resume: Path | No
 
 
 def main(folder: Path) -> None:
-    """For folders of shards, for one file, and for shards with adapters: run to the end, run to the middle, go on from there."""
+    """For shards, for one file, and for shards with adapters: run to the end, run to the middle, go on from there."""
     torch.set_num_threads(1)
     for kind in KINDS:
         strategy = lambda: FSDP2Strategy(save_distributed_checkpoint=kind != "file")  # noqa: B023, E731

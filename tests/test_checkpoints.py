@@ -116,6 +116,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
 
 def test_shards_need_a_sharded_strategy(tmp_path: Path) -> None:
     (tmp_path / "shards.ckpt").mkdir()
+    (tmp_path / "shards.ckpt" / "meta.pt").touch()
     check_resumable(tmp_path / "shards.ckpt", FSDP2Strategy())
     check_resumable(tmp_path / "shards.ckpt", FSDPStrategy())
     with pytest.raises(ValueError, match=r"folder of shards.*fsdp.yaml.*lit-rlvr export"):
