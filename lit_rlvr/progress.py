@@ -12,7 +12,9 @@ from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from lit_rlvr.diagnostics import diagnostics
 from lit_rlvr.terminal import console
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -32,6 +34,9 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 class RLVRProgress(ProgressBar):
     """Shows reward, outcome, entropy, kept fraction, length, speed and phase times, with the time left.
+
+    Below the live table, and once at the end of plain lines, stand the last phase's diagnostics: what each callback
+    did, clip fractions, ratios, KL and gradient norm.
 
     Also logs ``time/learn_s``, the seconds from the end of a phase's rollouts to the end of its last optimiser step.
 
@@ -86,7 +91,7 @@ class RLVRProgress(ProgressBar):
         if last_of_phase and pl_module.phase is not None:
             seconds = {"time/learn_s": now - pl_module.phase.ready}
             pl_module.emit(seconds, trainer.global_step)
-            row = {"step": trainer.global_step, **pl_module.phase.metrics, **seconds}
+            row = {"step": trainer.global_step, **pl_module.phase.metrics, **pl_module.step_metrics, **seconds}
         if self._bar is None:
             return
         self._bar.update(self._task, completed=trainer.global_step)
@@ -108,6 +113,9 @@ class RLVRProgress(ProgressBar):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._live is None and self._bar is not None and self._recent and not self._shown:
             self._say(float("inf"))
+        if self._live is None and self._bar is not None and self._recent:
+            for line in diagnostics(self._recent[-1]):
+                console().print(line)
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -129,7 +137,8 @@ class RLVRProgress(ProgressBar):
         for row in self._recent:
             table.add_row(*self._cells(row))
         assert self._bar is not None
-        return Group(table, self._bar)
+        lines = diagnostics(self._recent[-1]) if self._recent else []
+        return Group(table, *(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in lines), self._bar)
 
     def _say(self, now: float) -> None:
         self._shown = now - self._said >= self.interval

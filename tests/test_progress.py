@@ -36,6 +36,7 @@ class Run:
         self.logged: list[tuple[dict[str, float], int]] = []
         self.module: Any = SimpleNamespace(
             phase=None,
+            step_metrics={},
             batch=SimpleNamespace(steps_per_phase=2),
             emit=lambda metrics, step: self.logged.append((metrics, step)),
         )
@@ -218,3 +219,22 @@ def test_the_time_of_learning_is_logged_by_a_quiet_run_too(monkeypatch: pytest.M
 def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"RLVRProgress.{next(iter(wrong))} must be at least"):
         RLVRProgress(**wrong)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_diagnostics_stand_below_the_table_or_at_the_end(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the callbacks did in the phase, and what the last step says of learning."""
+    run = Run(RLVRProgress(), monkeypatch, terminal)
+    run.start()
+    run.module.step_metrics = {"train/clip_low": 0.01, "train/ratio_max": 1.25, "train/lr": 0.1}
+    changed: dict[str, Any] = {"credit/EntropyTopK/threshold": 0.5, "credit/entropy_negative": 0.75}
+    run.phase(1000.0, **changed)
+    run.end()
+    shown = [line.strip() for line in run.text().splitlines()]
+    for line in (
+        "EntropyTopK  threshold 0.5",
+        "samples  entropy_negative 0.75",
+        "learning  clip_low 0.01, ratio_max 1.25",
+    ):
+        assert line in shown
+    assert not any("lr" in line.split() for line in shown)
