@@ -348,12 +348,20 @@ def test_two_comparisons_do_not_share_a_folder(write: Write) -> None:
 DRIVER = "import sys; from lit_rlvr.compare.command import main; sys.exit(main(sys.argv[4:], sys.argv[1:4]))"
 
 
+def heed_signals() -> None:
+    """A test run in the background, or under nohup, would hand on that they are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def driven(write: Write) -> Iterator[subprocess.Popen[str]]:
     """A comparison in a process of its own, with one run done and two that wait."""
     write(workers=2, arms={"low": {}, "high": {"set": {"fake.wait": "gate"}}})
     command = [sys.executable, "-c", DRIVER, *FAKE, "--config", "c.yaml"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heed_signals
+    )
     deadline = time.monotonic() + 120
     while sum(name.startswith("high") for name in began()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
