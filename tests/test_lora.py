@@ -47,6 +47,16 @@ def test_adapters_begin_at_the_model_and_can_be_switched_off(family: str, tmp_pa
     assert all(p.requires_grad == (".lora_" in name) for name, p in moved.named_parameters())
 
 
+@pytest.mark.parametrize(("dtype", "wide"), [("bfloat16", torch.float32), ("float64", torch.float64)])
+@pytest.mark.parametrize("empty", [False, True])
+def test_adapters_are_kept_in_float32_at_least(dtype: str, wide: torch.dtype, empty: bool, tmp_path: Path) -> None:
+    policy = load_policy(save(tmp_path, "llama"), dtype, lora=LoRA(), empty=empty)
+    assert {p.dtype for p in policy.parameters() if p.requires_grad} == {wide}
+    assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {getattr(torch, dtype)}
+    if not empty:
+        assert torch.isfinite(policy(*INPUTS)[0]).all()
+
+
 def test_the_low_rank_product_is_what_is_added(tmp_path: Path) -> None:
     """W + alpha / r B A (Hu et al. 2021, section 4.1), in every layer that is named and no other."""
     path = save(tmp_path, "llama")

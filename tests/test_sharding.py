@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lit_rlvr.engines import InProcessEngine, Sampling
+from lit_rlvr.lora import LoRA
 from lit_rlvr.models import resolve_model
 from lit_rlvr.policy import Policy, load_policy
 from lit_rlvr.sharding import FSDP2Strategy, compute_precision, gathered, load_sharded, whole_weights
@@ -105,6 +106,20 @@ def test_training_goes_on_after_generation(tmp_path: Path) -> None:
     torch.testing.assert_close(
         [whole.grad.full_tensor() for whole in sharded.parameters()], [p.grad for p in plain.parameters()]
     )
+
+
+@pytest.mark.usefixtures("group")
+def test_adapters_of_a_bfloat16_model_learn_in_float32(tmp_path: Path) -> None:
+    """They are gathered in bfloat16 like everything else; their gradients come back in float32."""
+    pytest.importorskip("peft", reason="the extra lit-rlvr[lora] is not installed")
+    path = save(tmp_path, "llama")
+    sharded = load_sharded(path, "bfloat16", started(), lora=LoRA())
+    plain = load_policy(path, "bfloat16", lora=LoRA())
+    # Adapters begin at zero, so the numbers are the model's own, rounded in the same places.
+    torch.testing.assert_close(sharded(*INPUTS), plain(*INPUTS))
+    sharded(*INPUTS, Facts(torch.tensor([0.5, -1.0, 2.0]))).backward()
+    trained = [p for p in sharded.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {p.grad.dtype for p in trained if p.grad is not None} == {torch.float32}
 
 
 @pytest.mark.usefixtures("group")
