@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.optim import Optimizer
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def check_resumable(path: Path, strategy: Strategy) -> None:
     """
     if not (zipfile.is_zipfile(path) or (path / "meta.pt").is_file()):
         raise ValueError(f"{path} is no checkpoint of a run, or is cut short")
-    if path.is_dir() and not isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+    if path.is_dir() and not isinstance(strategy, ModelParallelStrategy):
         raise ValueError(
             f"{path} is a folder of shards, which only a sharded strategy reads: add --config "
             "configs/strategy/fsdp.yaml (one process will do), or begin a run with what `lit-rlvr export` makes of it"

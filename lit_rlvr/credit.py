@@ -8,7 +8,6 @@ drivers run the chain in the order of the trainer's callback list: :func:`observ
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lit_rlvr.near import did_you_mean
 from lit_rlvr.reduce import LocalReduce, Reduce
 from lit_rlvr.schedule import Schedule
 from lit_rlvr.types import Credit, Current, RolloutBatch, Tokens
@@ -111,9 +111,8 @@ class CreditCallback(Callback):
         super().__init__()
         for stage in stages or ():
             if stage not in STAGES:
-                near = difflib.get_close_matches(stage, STAGES, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(STAGES)}"
-                raise ValueError(f"there is no stage {stage!r}; {hint}")
+                hint = did_you_mean(stage, STAGES) or f"; known are {', '.join(STAGES)}"
+                raise ValueError(f"there is no stage {stage!r}{hint}")
         self.stages = stages
         self.name = name or type(self).__name__
 

@@ -14,8 +14,10 @@ from lit_rlvr.cluster import Machines, Work, estimate_lines
 from lit_rlvr.credit import CreditCallback, all_callbacks, credit_chain, describe_chain
 from lit_rlvr.engines import InProcessEngine
 from lit_rlvr.facts import Cluster, Facts
+from lit_rlvr.lora import adapter_parameters
 from lit_rlvr.memory import Memory, estimate
 from lit_rlvr.settings import Batch
+from lit_rlvr.sharding import compute_precision
 
 
 def explain(
@@ -42,7 +44,7 @@ def explain(
         ("Devices", device_lines(module, cluster, facts)),
         ("Algorithm", algorithm_lines(module)),
         ("Credit", [describe_chain(chain), *chain_lines(module, chain)]),
-        ("Passes over a phase's rollouts", pass_lines(module, chain)),
+        ("Passes over a phase's rollouts", pass_lines(module, chain, asked)),
         ("Evaluation", evaluation_lines(module, facts, asked)),
     ):
         if lines:
@@ -50,7 +52,7 @@ def explain(
         for line in lines:
             out.print(f"  {line}", markup=False)
     out.print("[bold]Memory of one device[/bold]")
-    memory = memory_of(module, cluster, facts)
+    memory = memory_of(module, cluster, facts, asked)
     out.print(memory_table(memory))
     if machines is not None:
         out.print(f"[bold]A phase on {machines.nodes} x {machines.each} {machines.kind}, estimated[/bold]")
@@ -125,7 +127,7 @@ def device_lines(module: Any, cluster: Cluster, facts: Facts) -> list[str]:
 def algorithm_lines(module: Any) -> list[str]:
     """Every part of the algorithm that is on."""
     parts = {name: getattr(module, name) for name in ("advantage", "loss", "aggregation", "kl", "overlong")}
-    parts |= {"dynamic_sampling": module.dynamic_sampling, "critic": module.critic_settings}
+    parts |= {"dynamic_sampling": module.dynamic_sampling, "critic": module.critic_settings, "lora": module.lora}
     return [f"{name}: {value!r}" for name, value in parts.items() if value is not None]
 
 
@@ -155,10 +157,11 @@ def scope_words(module: Any, callback: CreditCallback) -> list[str]:
     return words
 
 
-def pass_lines(module: Any, chain: list[CreditCallback]) -> list[str]:
+def pass_lines(module: Any, chain: list[CreditCallback], asked: dict[str, Any]) -> list[str]:
     """Forward passes beside generation and learning."""
+    precision = compute_precision(asked.get("strategy"), module.dtype_name, str(asked.get("precision") or "32-true"))
     read_before = bool(chain) or (module.kl is not None and module.kl.where == "reward")
-    if module.engine.exact("32-true") and module.dtype_name != "bfloat16":
+    if module.engine.exact(precision):
         old = "sampled with the rollouts"
     elif module.batch.steps_per_phase == 1 and not read_before:
         old = "those of the learning pass"
@@ -200,7 +203,7 @@ def own_rows(module: Any, cluster: Cluster) -> int:
     return -(-batch.prompts * batch.responses // (batch.minibatches * cluster.devices))
 
 
-def memory_of(module: Any, cluster: Cluster, facts: Facts) -> Memory:
+def memory_of(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, Any]) -> Memory:
     """Estimate one device's memory."""
     width = facts.width(module)
     own = -(-module.batch.prompts * module.batch.responses // cluster.devices)
@@ -213,10 +216,12 @@ def memory_of(module: Any, cluster: Cluster, facts: Facts) -> Memory:
         width=width,
         rollout_rows=min(own, most),
         optimizer=type(probe).__name__,
-        reference=module.kl is not None,
+        reference=module.kl is not None and (module.lora is None or module.reference_path is not None),
         gradient_checkpointing=module.gradient_checkpointing,
         parameters_on_device=1 / cluster.devices if cluster.sharded else 1.0,
         critic=facts.critic,
+        gathered_dtype=getattr(asked.get("strategy"), "param_dtype", None),
+        adapters=None if module.lora is None else adapter_parameters(facts.config, module.lora),
     )
 
 

@@ -97,8 +97,7 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors: dict[str, Tensor] = {}
     for name, about in stored.items():
-        # Lightning files the weights under state_dict with FSDP2, and under model with FSDP1.
-        if name.split(".")[0] in ("state_dict", "model") and isinstance(about, TensorStorageMetadata):
+        if name.split(".")[0] == "state_dict" and isinstance(about, TensorStorageMetadata):
             tensors[name] = torch.empty(about.size, dtype=about.properties.dtype)
     load(dict(tensors), checkpoint_id=folder, no_dist=True)
     return {name.split(".", 1)[1]: value for name, value in tensors.items()}

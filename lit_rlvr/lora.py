@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 ADAPTER = "adapter_config.json"
 NEEDED = "model.lora needs the package peft: pip install 'lit-rlvr[lora]'"
@@ -66,6 +66,22 @@ def add_adapters(hf: PreTrainedModel, lora: LoRA) -> None:
         for name, parameter in layer.named_parameters():
             if "lora_" in name:  # peft follows the weights' dtype, but not on the meta device
                 parameter.data = parameter.data.to(wide)
+
+
+def adapter_parameters(config: Any, lora: LoRA) -> int:
+    """How many parameters the adapters of a model of this Hugging Face configuration have.
+
+    Raises:
+        ValueError: When the head or an embedding is named.
+    """
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(config)
+    refuse_head(hf, lora)
+    head, chosen = hf.get_output_embeddings(), lora.target_modules
+    every = [(name, layer) for name, layer in hf.named_modules() if isinstance(layer, nn.Linear) and layer is not head]
+    if not isinstance(chosen, str):
+        every = [(n, layer) for n, layer in every if any(n == t or n.endswith(f".{t}") for t in chosen)]
+    return sum(lora.r * (layer.in_features + layer.out_features) for _, layer in every)
 
 
 def refuse_head(hf: PreTrainedModel, lora: LoRA) -> None:

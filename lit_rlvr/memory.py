@@ -39,6 +39,7 @@ class Memory:
         activations: What the largest micro-batch keeps for its backward pass.
         head: Logits of one chunk and the head's gradient in float32.
         cache: Keys and values of the rollout, and the logits of one decoding step.
+        gathered: The whole weights during the rollout, where each device holds a part of them otherwise.
         critic: The value model and its optimizer's state.
         critic_step: Its gradients, and the activations of its own micro-batch: the policy's last is still there.
     """
@@ -50,6 +51,7 @@ class Memory:
     activations: int
     head: int
     cache: int
+    gathered: int = 0
     critic: int = 0
     critic_step: int = 0
 
@@ -57,12 +59,12 @@ class Memory:
     def training(self) -> int:
         """Peak of an optimiser step."""
         everything: list[int] = [getattr(self, f.name) for f in fields(self)]
-        return sum(everything) - self.cache
+        return sum(everything) - self.cache - self.gathered
 
     @property
     def rollout(self) -> int:
         """Peak of generation: gradients are freed before it."""
-        return self.weights + self.reference + self.optimizer + self.critic + self.cache
+        return self.weights + self.reference + self.optimizer + self.critic + self.cache + self.gathered
 
     @property
     def peak(self) -> int:
@@ -83,6 +85,8 @@ def estimate(
     gradient_checkpointing: bool = False,
     parameters_on_device: float = 1.0,
     critic: Any = None,
+    adapters: int | None = None,
+    gathered_dtype: str | None = None,
 ) -> Memory:
     """Estimate the memory of one device.
 
@@ -99,6 +103,9 @@ def estimate(
         parameters_on_device: Share of weights, gradients and optimizer state that one device holds (1 over the number
             of devices for a sharded strategy).
         critic: The value model's configuration; null: there is none.
+        adapters: Parameters of adapters that are trained instead of the weights; what they add to the activations is
+            not counted. Null: the weights are trained.
+        gathered_dtype: Dtype of the whole copy that a sharded policy samples with; null: ``dtype``.
     """
     text, size = config.get_text_config(), DTYPES[dtype].itemsize
     activations, parameters = _counted(config, dtype, micro_rows, width, gradient_checkpointing)
@@ -109,19 +116,24 @@ def estimate(
         if not critic.tie_word_embeddings:  # one output per token takes the place of the vocabulary
             body -= of_critic.vocab_size * of_critic.hidden_size
         values = int(body * size * parameters_on_device)
-    held = int(parameters * size * parameters_on_device)
+    held = trained = int(parameters * size * parameters_on_device)
+    head_gradient = 4 * text.vocab_size * text.hidden_size
+    if adapters is not None:
+        trained, head_gradient = int(adapters * max(size, 4) * parameters_on_device), 0
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * heads * head_size * size
     logits = 4 * LOGIT_COPIES * text.vocab_size
+    sharded = parameters_on_device < 1 and rollout_rows > 0
     return Memory(
-        weights=held,
+        weights=held if adapters is None else held + trained,
         reference=held if reference else 0,
-        gradients=held,
-        optimizer=states * held,
+        gradients=trained,
+        optimizer=states * trained,
         activations=activations,
-        head=min(head_rows, micro_rows * width) * logits + 4 * text.vocab_size * text.hidden_size,
+        head=min(head_rows, micro_rows * width) * logits + head_gradient,
         cache=rollout_rows * (width * per_token + logits),
+        gathered=parameters * DTYPES[gathered_dtype or dtype].itemsize if sharded else 0,
         critic=(1 + states) * values,
         critic_step=values + value_activations,
     )

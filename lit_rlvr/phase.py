@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,8 @@ from lit_rlvr.critic import score_values
 from lit_rlvr.exchange import share_groups
 from lit_rlvr.gae import GAE
 from lit_rlvr.minibatch import MiniBatch
-from lit_rlvr.reduce import Reduce, mean
-from lit_rlvr.scoring import score
-from lit_rlvr.sharding import compute_precision
+from lit_rlvr.reduce import Reduce, extremes, mean
+from lit_rlvr.scoring import engine_is_exact, score
 from lit_rlvr.types import Credit, RolloutBatch
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run_phase(module: RLVRModule, number: int, reduce: Reduce) -> Phase:
         rollout = replace(rollout, rewards=rewards.sum(-1))
         base, returns = base_credit(module, rollout, rewards, reduce)
         credit = assign_credit(module.chain, rollout, base, ctx)
-        minibatches = cut(module, rollout, credit, returns, owner, own_old, reduce)
+        minibatches = into_mini_batches(module, rollout, credit, returns, owner, own_old, reduce)
     metrics = tally.read(reduce) | seconds | ctx.metrics | module.engine.metrics(reduce)
     metrics["rollout/surplus_groups"] = float(surplus)
     metrics["rollout/shaped_reward"] = mean(reduce, rollout.rewards)
@@ -117,7 +117,7 @@ def base_credit(
     return Credit(advantage, share, share.clone()), returns
 
 
-def cut(
+def into_mini_batches(
     module: RLVRModule,
     rollout: RolloutBatch,
     credit: Credit,
@@ -152,13 +152,12 @@ def engine_mismatch(rollout: RolloutBatch, reduce: Reduce) -> dict[str, float]:
     """How far the engine's probabilities are from the training model's: mean and extremes of their ratio."""
     if rollout.engine_logprobs is None:
         return {}
-    log_ratio = (rollout.old_logprobs - rollout.engine_logprobs)[rollout.response_mask].double()
-    ends = torch.stack([log_ratio.amax(), -log_ratio.amin()]) if len(log_ratio) else torch.zeros(2).double()
-    largest, smallest = reduce.max(ends).exp().tolist()
+    log_ratio, mask = (rollout.old_logprobs - rollout.engine_logprobs).double(), rollout.response_mask
+    smallest, largest = extremes(reduce, log_ratio, mask)
     return {
-        "rollout/engine_ratio": mean(reduce, log_ratio.exp()),
-        "rollout/engine_ratio_max": largest,
-        "rollout/engine_ratio_min": 1 / smallest,
+        "rollout/engine_ratio": mean(reduce, log_ratio.exp(), mask),
+        "rollout/engine_ratio_max": math.exp(largest),
+        "rollout/engine_ratio_min": math.exp(smallest),
     }
 
 
@@ -169,8 +168,7 @@ def _score(module: RLVRModule, rollout: RolloutBatch, reduce: Reduce) -> tuple[R
     one update has not left the old policy yet, so unless something reads them before, no pass is needed.
     """
     temperature, budget = module.sampling.temperature, module.batch.micro_tokens
-    precision = compute_precision(module.trainer.strategy, module.dtype_name, str(module.trainer.precision))
-    exact = module.engine.exact(precision)
+    exact = engine_is_exact(module)
     read_before = bool(module.chain) or (module.kl is not None and module.kl.where == "reward")
     own_old = not exact and module.batch.steps_per_phase == 1 and not read_before
     if not exact and not own_old:

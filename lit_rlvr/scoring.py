@@ -1,15 +1,19 @@
-"""Log-probabilities and entropies of finished responses, without gradients."""
+"""Log-probabilities and entropies of finished responses, without gradients, and whether an engine gives them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lit_rlvr.microbatch import empty, lay_out, split_rows
+from lit_rlvr.microbatch import cut
 from lit_rlvr.reduce import LocalReduce, Reduce
+from lit_rlvr.sharding import compute_precision
 from lit_rlvr.types import RolloutBatch
+
+if TYPE_CHECKING:
+    from lit_rlvr.module import RLVRModule
 
 
 @torch.no_grad()
@@ -30,14 +34,14 @@ def score(
         reduce: Equalises the number of forward passes over ranks, which a sharded policy needs.
     """
     logprobs, entropies = (torch.zeros_like(rollout.response_mask, dtype=torch.float32) for _ in range(2))
-    parts = split_rows(rollout.prompt_mask.sum(-1) + rollout.lengths, budget)
-    passes = int((reduce or LocalReduce()).max(torch.tensor(len(parts))))
-    for number in range(passes):
-        if number < len(parts):
-            micro = lay_out(rollout, parts[number], rollout.response_mask, policy.device)
-        else:
-            micro = empty(policy.device)
+    for micro, _ in cut(rollout, rollout.response_mask, budget, None, policy.device, reduce or LocalReduce()):
         logp, entropy = policy(micro.ids, micro.index, micro.targets, temperature)
         where = (micro.row.cpu(), micro.column.cpu())
         logprobs[where], entropies[where] = logp.float().cpu(), entropy.float().cpu()
     return logprobs, entropies
+
+
+def engine_is_exact(module: RLVRModule) -> bool:
+    """Whether the engine reports the training forward's own log-probabilities, at the run's dtype and strategy."""
+    trainer = module.trainer
+    return module.engine.exact(compute_precision(trainer.strategy, module.dtype_name, str(trainer.precision)))

@@ -79,7 +79,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return super()._get_process_group_backend()
 
 
-def compute_precision(strategy: Strategy, dtype: str, precision: str) -> str:
+def compute_precision(strategy: Strategy | str | None, dtype: str, precision: str) -> str:
     """The Trainer's ``precision``, or what the weights' dtype makes of it: ``bf16-true`` for bfloat16 weights."""
     narrowed = isinstance(strategy, FSDP2Strategy) and strategy.param_dtype == "bfloat16"
     return "bf16-true" if narrowed or dtype == "bfloat16" else precision

@@ -134,6 +134,11 @@ def test_parts_of_the_estimate() -> None:
     assert memory.rollout == memory.weights + memory.reference + memory.optimizer + memory.cache
     sharded = estimate(config, dtype="bfloat16", micro_rows=1, width=10, rollout_rows=3, parameters_on_device=0.5)
     assert sharded.weights == parameters
+    assert (memory.gathered, sharded.gathered) == (0, 2 * parameters)
+    assert sharded.rollout == sharded.weights + sharded.optimizer + sharded.cache + sharded.gathered
+    assert sharded.training == sharded.weights + sharded.gradients + sharded.optimizer + (
+        sharded.activations + sharded.head
+    )
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from tiny_models import save
 
 from lit_rlvr import RLVRModule
 from lit_rlvr.export import export
-from lit_rlvr.lora import LoRA, WithoutAdapters, adapters_off, tuned_layers
+from lit_rlvr.lora import LoRA, WithoutAdapters, adapter_parameters, adapters_off, tuned_layers
+from lit_rlvr.memory import estimate
 from lit_rlvr.models import resolve_model
 from lit_rlvr.policy import load_policy
 from lit_rlvr.saving import SavePolicy
@@ -137,3 +138,16 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert all("lora_" in name for name in load_file(tmp_path / "run/policy/adapter_model.safetensors"))
     printed = succeed(tmp_path, "validate", *TINY_FIT, UNTRACKED, root, f"--model.model={tmp_path}/run/policy")
     assert "mean_at_1" in printed.out + printed.err
+
+
+@pytest.mark.parametrize("lora", [LoRA(), LoRA(r=3, target_modules=["q_proj", "down_proj"])], ids=["all", "named"])
+def test_explain_knows_what_adapters_take(lora: LoRA) -> None:
+    """As many parameters as peft makes; gradients and optimizer state for these alone, and no reference model."""
+    policy = load_policy(resolve_model(TINY), lora=lora)
+    config, trained = policy.hf.config, sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert adapter_parameters(config, lora) == trained
+    sizes: dict[str, Any] = {"dtype": "bfloat16", "micro_rows": 2, "width": 8, "rollout_rows": 2}
+    whole, memory = estimate(config, **sizes), estimate(config, **sizes, adapters=trained)
+    assert memory.weights == whole.weights + 4 * trained
+    assert (memory.gradients, memory.optimizer) == (4 * trained, 8 * trained)
+    assert whole.head - memory.head == 4 * config.vocab_size * config.hidden_size

@@ -84,11 +84,14 @@ def test_equal_probabilities_change_nothing() -> None:
 
 def test_an_exact_engine_is_refused() -> None:
     """There is nothing to correct; the in-process engine in bfloat16 is another matter."""
-    module: Any = SimpleNamespace(engine=InProcessEngine(), trainer=SimpleNamespace(precision="32-true"))
+    trainer = SimpleNamespace(precision="32-true", strategy=None)
+    module: Any = SimpleNamespace(engine=InProcessEngine(), trainer=trainer, dtype_name="float32")
     with pytest.raises(ValueError, match=r"^TruncatedImportance would change nothing: engine InProcessEngine reports"):
         TruncatedImportance().check(module)
     with pytest.raises(ValueError, match="TruncatedImportance needs the engine's log-probabilities"):
         assigned(replace(TWO, engine_logprobs=None), full_credit(TWO))
+    module.dtype_name = "bfloat16"
+    TruncatedImportance().check(module)
 
 
 def test_an_inexact_engine_is_accepted() -> None:
@@ -96,7 +99,8 @@ def test_an_inexact_engine_is_accepted() -> None:
         def exact(self, precision: str) -> bool:
             return False
 
-    module: Any = SimpleNamespace(engine=Other(), trainer=SimpleNamespace(precision="32-true"))
+    trainer = SimpleNamespace(precision="32-true", strategy=None)
+    module: Any = SimpleNamespace(engine=Other(), trainer=trainer, dtype_name="float32")
     TruncatedImportance().check(module)
 
 

@@ -12,8 +12,8 @@ from lit_rlvr.credit import CreditCallback, CreditContext, Scope
 from lit_rlvr.hashing import hash_integers
 from lit_rlvr.reduce import LocalReduce, Reduce
 from lit_rlvr.schedule import Schedule, at, ends
+from lit_rlvr.scoring import engine_is_exact
 from lit_rlvr.selection import quantile, share, sortable, top_k
-from lit_rlvr.sharding import compute_precision
 from lit_rlvr.types import Credit, RolloutBatch
 from lit_rlvr_callbacks.kept import describe
 from lit_rlvr_callbacks.presets import PRESETS, check_choices
@@ -102,8 +102,7 @@ class EntropyTopK(CreditCallback):
         self.own_denominator = reading.own_denominator or self.normalize == "selected"
 
     def check(self, module: RLVRModule) -> None:
-        precision = compute_precision(module.trainer.strategy, module.dtype_name, str(module.trainer.precision))
-        if self.source == "rollout" and not module.engine.exact(precision):
+        if self.source == "rollout" and not engine_is_exact(module):
             raise ValueError(
                 f"{self.name} cannot use source: rollout, because {type(module.engine).__name__} does not give the "
                 "training policy's entropies here; use source: old"

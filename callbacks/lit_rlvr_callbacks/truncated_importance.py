@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lit_rlvr.credit import CreditCallback, CreditContext
 from lit_rlvr.reduce import mean
+from lit_rlvr.scoring import engine_is_exact
 from lit_rlvr.types import Credit, RolloutBatch
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class TruncatedImportance(CreditCallback):
         self.cap, self.level, self.above, self.token_level = cap, level, above, level == "token"
 
     def check(self, module: RLVRModule) -> None:
-        if module.engine.exact(str(module.trainer.precision)):
+        if engine_is_exact(module):
             raise ValueError(
                 f"{self.state_key} would change nothing: engine {type(module.engine).__name__} reports the training "
                 "model's own log-probabilities; take the callback out"
