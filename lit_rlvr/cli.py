@@ -29,7 +29,8 @@ from lit_rlvr.advantages import Advantage  # noqa: E402
 from lit_rlvr.aggregation import Aggregation  # noqa: E402
 from lit_rlvr.checkpoint import PhaseCheckpoint, check_resumable  # noqa: E402
 from lit_rlvr.checks import check_chain, check_trainer, check_trainer_options  # noqa: E402
-from lit_rlvr.cli_errors import class_names, clear, interpolation, missing_file, option_keys  # noqa: E402
+from lit_rlvr.cli_errors import clear, missing_file  # noqa: E402
+from lit_rlvr.cli_names import class_names, interpolation, option_keys  # noqa: E402
 from lit_rlvr.cluster import Machines  # noqa: E402
 from lit_rlvr.config_files import MODE, check_file, keep_comments_as_text  # noqa: E402
 from lit_rlvr.credit import all_callbacks, credit_chain  # noqa: E402

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+from lit_rlvr.cli_names import near_option
 from lit_rlvr.config_files import ENTRY
-from lit_rlvr.near import did_you_mean, nearest
+from lit_rlvr.near import did_you_mean
 
 LONGEST = 12
 """Most lines of an error."""
@@ -37,10 +36,7 @@ def clear(message: str, keys: list[str], classes: list[str]) -> str:
         classes: Every class that YAML may name.
     """
     message = TENSOR.sub(r"\1\2", CHATTER.sub("", message))
-    for rule in (
-        _missing, _yaml, _command, _option, _value, _section, _own_words, _class_option, _short_task, _settings,
-        _choice, _schedule, _class, _type, _union, _file,
-    ):  # fmt: skip
+    for rule in RULES:
         if sentence := rule(message, keys, classes):
             return sentence
     lines = [line for line in message.splitlines() if line.strip() and "Subtypes:" not in line]
@@ -90,19 +86,7 @@ def _option(message: str, keys: list[str], classes: list[str]) -> str | None:
     if dashes in ("", "-"):
         hint = did_you_mean(f"--{option}", (f"--{key}" for key in keys)) or "; options begin with --"
         return f"{dashes}{option} is no option{hint}"
-    return f"there is no option {option!r}{_near_option(option, keys)}"
-
-
-def _near_option(option: str, keys: list[str]) -> str:
-    """Compare last parts within the same group first, then whole names."""
-    group, _, last = option.rpartition(".")
-    siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == group]
-    if near := nearest(last, siblings):
-        return f"; did you mean {group + '.' if group else ''}{near}?"
-    ends = {key.rpartition(".")[2]: key for key in keys}
-    if last.replace("-", "_") in ends:
-        return f"; did you mean {ends[last.replace('-', '_')]}?"
-    return did_you_mean(option, keys)
+    return f"there is no option {option!r}{near_option(option, keys)}"
 
 
 def _value(message: str, keys: list[str], classes: list[str]) -> str | None:
@@ -273,45 +257,7 @@ def missing_file(path: Path) -> str:
 
 
 RULES = (
-    _missing, _yaml, _command, _option, _own_words, _class_option, _choice, _schedule, _class, _type, _file
+    _missing, _yaml, _command, _option, _value, _section, _own_words, _class_option, _short_task, _settings,
+    _choice, _schedule, _class, _type, _union, _file,
 )  # fmt: skip
 """What is tried on a message, in order; the first rule that has a sentence wins."""
-
-
-def interpolation(error: Exception, keys: list[str]) -> str:
-    """OmegaConf's complaint about a ``${...}`` as a sentence."""
-    text = str(error)
-    if environment := re.search(r"Environment variable '([^']+)' not found", text):
-        name = environment.group(1)
-        return f"${{oc.env:{name}}}: there is no environment variable {name}; a default goes behind a comma"
-    if broken := re.search(r"(?:no viable alternative|mismatched|missing|extraneous) .* at '(.*)'|input '(.*)'", text):
-        return f"{broken.group(1) or broken.group(2)!r} is no whole reference; write ${{section.option}}"
-    missing = re.search(r"Interpolation key '([^']+)' not found(?: \(resolved to '([^']+)'\))?", text)
-    where = re.search(r"full_key: (\S+)", text)
-    if not missing:
-        return text.splitlines()[0]
-    name = _without_command(missing.group(2) or missing.group(1))
-    place = _without_command(where.group(1)) if where else "the configuration"
-    return f"{place}: ${{{name}}} stands for nothing{_near_option(name, keys)}"
-
-
-def _without_command(name: str) -> str:
-    head, _, rest = name.partition(".")
-    return rest if head in ("fit", "validate", "test", "warmup", "explain", "doctor") and rest else name
-
-
-def option_keys(parser: Any) -> list[str]:
-    """Every option of a parser, dotted."""
-    return sorted({action.dest for action in parser._actions if action.dest and not action.dest.endswith(".help")})
-
-
-def class_names(bases: Iterable[type]) -> list[str]:
-    """Short names of all imported subclasses of ``bases``."""
-    names: set[str] = set()
-    todo: list[Any] = list(bases)
-    while todo:
-        cls = todo.pop()
-        todo += [c for c in cls.__subclasses__() if c.__name__ not in names]
-        if not cls.__name__.startswith("_") and not inspect.isabstract(cls):
-            names.add(cls.__name__)
-    return sorted(names)

@@ -113,11 +113,11 @@ def test_a_fragment_twice_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_qwen3_is_trained_in_bfloat16(tmp_path: Path, started: list[CLI]) -> None:
+def test_qwen3_learns_in_float32(tmp_path: Path, started: list[CLI]) -> None:
     """The fragment's settings reach the module, and nothing asks the network for the model before training."""
     succeed(tmp_path, "fit", *QUICKSTART, "--config", str(CONFIGS / "model/qwen3_8b.yaml"), *HERE)
     model = started[0].model
-    assert (model.model, model.dtype_name, model.gradient_checkpointing) == ("Qwen/Qwen3-8B-Base", "bfloat16", True)
+    assert (model.model, model.dtype_name, model.gradient_checkpointing) == ("Qwen/Qwen3-8B-Base", "float32", True)
 
 
 def test_standard_callbacks_make_room(tmp_path: Path, started: list[CLI]) -> None:
