@@ -10,6 +10,8 @@ from torch import Tensor
 from lit_rlvr.engines.base import Sampling
 
 BLOCK = 256
+CACHED = 2**18
+"""Logits taken at a time on a CPU, so that what is between two operations stays in its cache."""
 
 
 class Drawn(NamedTuple):
@@ -34,16 +36,28 @@ def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Drawn:
     Raises:
         FloatingPointError: When a row holds a NaN, or no finite logit.
     """
+    part = max(1, CACHED // logits.shape[-1])
+    if logits.device.type != "cpu" or len(logits) <= part:
+        return _draw(logits, sampling, uniforms)
+    pairs = zip(logits.split(part), uniforms.split(part), strict=True)
+    parts = [_draw(some, sampling, their_uniforms) for some, their_uniforms in pairs]
+    return Drawn(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Drawn:
     z = logits.float()
     if sampling.temperature not in (0, 1):
         z = z / sampling.temperature
     z = z - z.amax(-1, keepdim=True)
     p = z.exp()
     total = p.sum(-1)
-    if not bool(torch.isfinite(total).all()):
-        raise FloatingPointError("the policy's logits contain NaN or infinity; the weights have diverged")
-    # 0 * -inf is NaN where a logit is masked out, so such logits are lifted to a number first.
-    entropy = total.log() - (p * z.clamp(min=-1e30)).sum(-1) / total
+    weighted = torch.linalg.vecdot(p, z)
+    if not bool(torch.isfinite(total + weighted).all()):
+        if not bool(torch.isfinite(total).all()):
+            raise FloatingPointError("the policy's logits contain NaN or infinity; the weights have diverged")
+        # 0 * -inf is NaN where a logit is masked out, so such logits are lifted to a number.
+        weighted = torch.linalg.vecdot(p, z.clamp(min=-1e30))
+    entropy = total.log() - weighted / total
     if sampling.temperature == 0:
         token = z.argmax(-1)
     else:
@@ -58,7 +72,8 @@ def inverse_cdf(p: Tensor, uniforms: Tensor) -> Tensor:
     Two levels, blocks and then one block, in float64: a float32 running sum over a large vocabulary loses the tail.
     """
     rows, vocabulary = p.shape
-    padded = torch.nn.functional.pad(p, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
+    missing = -vocabulary % BLOCK
+    padded = (torch.nn.functional.pad(p, (0, missing)) if missing else p).view(rows, -1, BLOCK)
     blocks = padded.sum(-1, dtype=torch.float64).cumsum(-1)
     goal = uniforms.to(blocks) * blocks[:, -1]
     block = _first_above(blocks, goal)

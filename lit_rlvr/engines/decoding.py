@@ -1,0 +1,89 @@
+"""What every way of decoding in this process shares: prompts on the left, drawing a token, and when a response ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from lit_rlvr.engines.base import Generation, Sampling
+from lit_rlvr.engines.sampler import draw
+from lit_rlvr.hashing import uniform
+from lit_rlvr.policy import Policy
+
+
+class Output:
+    """Preallocated tokens and facts, filled as they are drawn.
+
+    Args:
+        tokenizer: For stop strings.
+        ends: Tokens that end a response.
+        uid: (phase, draw, sample) of every row [B, 3]; everything lies on its device.
+        sampling: Temperature, length and truncation.
+        seed: The run's seed.
+    """
+
+    def __init__(self, tokenizer: Any, ends: Tensor, uid: Tensor, sampling: Sampling, seed: int) -> None:
+        rows, width, device = len(uid), sampling.max_new_tokens, uid.device
+        self.tokenizer, self.uid, self.sampling, self.seed = tokenizer, uid, sampling, seed
+        self.ends = ends.to(device)
+        self.ids = torch.zeros(rows, width, dtype=torch.int64, device=device)
+        self.logprobs, self.entropies = (torch.zeros(rows, width, device=device) for _ in range(2))
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.passes = 0
+        """Decoding steps so far."""
+        self.drawn = 0
+        """Rows of all steps together."""
+
+    def draw(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw the next token of ``rows`` [n] from ``logits`` [n, V].
+
+        Returns:
+            The tokens [n], and whether each ended its response [n].
+        """
+        step = self.lengths[rows]
+        phase, drawn_at, sample = self.uid[rows].unbind(-1)
+        token, logprob, entropy = draw(logits, self.sampling, uniform(self.seed, phase, drawn_at, sample, step))
+        self.ids[rows, step], self.logprobs[rows, step], self.entropies[rows, step] = token, logprob, entropy
+        self.lengths[rows] = step + 1
+        stopped = torch.isin(token, self.ends)
+        if self.sampling.stop:
+            stopped = stopped | self._hit_stop_string(rows)
+        self.stopped[rows] = stopped
+        self.passes, self.drawn = self.passes + 1, self.drawn + len(rows)
+        return token, stopped | (step + 1 == self.sampling.max_new_tokens)
+
+    def _hit_stop_string(self, rows: Tensor) -> Tensor:
+        """Whether the text's end contains a stop string [n]; the window is wide enough for four tokens per character."""
+        stop = self.sampling.stop
+        window = 4 * max(len(s) for s in stop) + 4
+        first = (self.lengths[rows].min() - window).clamp(min=0)
+        ids, lengths = self.ids[rows, int(first) :].tolist(), (self.lengths[rows] - first).tolist()
+        texts = self.tokenizer.batch_decode([row[max(0, n - window) : n] for row, n in zip(ids, lengths, strict=True)])
+        return torch.tensor([any(s in text for s in stop) for text in texts], device=rows.device)
+
+    def finish(self) -> Generation:
+        """Everything that was drawn."""
+        width = int(self.lengths.max()) if len(self.lengths) else 0
+        mask = torch.arange(width, device=self.ids.device)[None, :] < self.lengths[:, None]
+        return Generation(self.ids[:, :width], mask, self.logprobs[:, :width], self.entropies[:, :width], ~self.stopped)
+
+
+def prefill(policy: Policy, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, DynamicCache]:
+    """Run prompts through the policy.
+
+    Returns:
+        Next-token logits [G, V], the mask of the prompts, which are padded on the left [G, P], and their cache.
+    """
+    width, device = max(len(p) for p in prompts), policy.device
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    mask = torch.arange(width, device=device)[None, :] >= width - lengths[:, None]
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=policy.hf.config)
+    padded = min(len(p) for p in prompts) < width
+    return policy.next_logits(ids, mask if padded else None, positions, cache), mask, cache

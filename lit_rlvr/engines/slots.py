@@ -1,0 +1,166 @@
+"""A key-value cache that is written in place: rows are slots, and all rows end at the same column.
+
+transformers' growing cache is copied whole for every token. Here a token's keys and values are written into memory that
+is already there, and attention reads a view of what is filled. A row that begins later begins at a later column; the
+slot of a row that has finished is taken by the last row, and then by a waiting one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+SPARE = 64
+"""Columns that storage grows by at the least; otherwise by a quarter of what it has."""
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer.
+
+    The storage is [slots, heads, columns, head size]; rows ``[0, rows)`` and columns ``[low, high)`` are in use, where
+    the longest row begins at ``low`` and every row ends at ``high``.
+
+    Args:
+        slots: Most rows at a time.
+        window: Tokens that attention reaches back, the current one included; None for all. No more are kept.
+    """
+
+    def __init__(self, slots: int, window: int | None = None) -> None:
+        super().__init__()
+        self.slots, self.window, self.is_sliding = slots, window, window is not None
+        self.rows, self.low, self.high = 0, 0, 0
+        self.length = 0
+        """Tokens of the longest row, those before its window included."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (
+            states.new_empty(self.slots, states.shape[1], 0, states.shape[3]) for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write a new column [rows, heads, 1, head size] and return everything in use."""
+        self._make_room(key_states.shape[2])
+        keys, values = self._storage
+        first, self.high = self.high, self.high + key_states.shape[2]
+        keys[: self.rows, :, first : self.high] = key_states
+        values[: self.rows, :, first : self.high] = value_states
+        used = (slice(self.rows), slice(None), slice(self.low, self.high))
+        self.use(self.rows, self.length + key_states.shape[2])
+        return keys[used], values[used]
+
+    def admit(self, prompts: CacheLayerMixin, index: Tensor) -> None:
+        """Put the rows ``index`` [n] of a prefilled layer, which are padded on the left, behind those in use."""
+        assert prompts.keys is not None
+        assert prompts.values is not None
+        if not self.is_initialized:
+            self.lazy_initialization(prompts.keys, prompts.values)
+        rows, width = self.rows + len(index), prompts.keys.shape[2]
+        if self.high < width:
+            if width > self._storage[0].shape[2]:
+                self._grow(width)
+            self._move(width)
+        place = (slice(self.rows, rows), slice(None), slice(self.high - width, self.high))
+        for storage, theirs in zip(self._storage, (prompts.keys, prompts.values), strict=True):
+            storage[place] = theirs[index]
+        self.use(rows, max(self.length if self.rows else 0, prompts.get_seq_length()))
+
+    def keep(self, holes: Tensor, movers: Tensor) -> None:
+        """Overwrite the slots ``holes`` [m] with the slots ``movers`` [m]."""
+        used = slice(self.low, self.high)
+        for storage in self._storage:
+            storage[holes, :, used] = storage[movers, :, used]
+
+    def use(self, rows: int, length: int) -> None:
+        """Use the first ``rows`` slots from now on, of which the longest holds ``length`` tokens."""
+        self.rows, self.length = rows, length
+        kept = length if self.window is None else min(length, self.window - 1)
+        self.low = self.high - kept
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        kept = self.high - self.low
+        return kept + query_length, self.length - kept
+
+    def get_max_length(self) -> int:
+        return -1 if self.window is None else self.window
+
+    @property
+    def _storage(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def _make_room(self, columns: int) -> None:
+        """Have ``columns`` free columns after the last: move to the front where half is unused there, or grow."""
+        now = self._storage[0].shape[2]
+        if self.high + columns > now:
+            if self.low >= max(now // 2, columns):
+                self._move(self.high - self.low)
+            else:
+                self._grow(self.high + columns)
+
+    def _grow(self, columns: int) -> None:
+        """Have at least so many columns, and some to spare. Zeros, because a masked column times NaN would be NaN."""
+        wide = columns + max(SPARE, self._storage[0].shape[2] // 4)
+        used = (slice(self.rows), slice(None), slice(self.low, self.high))
+        for name, old in zip(("keys", "values"), self._storage, strict=True):
+            new = old.new_zeros(*old.shape[:2], wide, old.shape[3])
+            new[used] = old[used]
+            setattr(self, name, new)
+
+    def _move(self, high: int) -> None:
+        """Let the columns in use end at ``high``."""
+        kept = self.high - self.low
+        if kept:
+            for storage in self._storage:
+                used = storage[: self.rows, :, self.low : self.high].clone()
+                storage[: self.rows, :, high - kept : high] = used
+        self.low, self.high = high - kept, high
+
+
+class SlotCache(Cache):
+    """The layers' storage, and what happens to all of them at once.
+
+    Args:
+        windows: The window of each layer; see :func:`windows`.
+        slots: Most rows at a time.
+    """
+
+    def __init__(self, windows: list[int | None], slots: int) -> None:
+        self.slots: list[SlotLayer] = [SlotLayer(slots, window) for window in windows]
+        super().__init__(layers=list(self.slots))
+
+    def admit(self, prompts: DynamicCache, index: Tensor) -> None:
+        """Add the rows ``index`` [n] of prefilled prompts, which are padded on the left."""
+        for mine, theirs in zip(self.slots, prompts.layers, strict=True):
+            assert isinstance(theirs, CacheLayerMixin)
+            mine.admit(theirs, index)
+
+    def keep(self, holes: Tensor, movers: Tensor, rows: int, length: int) -> None:
+        """Move rows from the slots ``movers`` [m] to ``holes`` [m], and use the first ``rows``, no longer than ``length``."""
+        for layer in self.slots:
+            if len(holes):
+                layer.keep(holes, movers)
+            layer.use(rows, length)
+
+
+def windows(config: Any) -> list[int | None] | None:
+    """The attention window of each layer (None where it sees all), or None where slots do not serve the architecture.
+
+    They serve where every layer keeps keys and values of its own, for all tokens or for a sliding window. States of
+    linear attention, chunked attention and layers that share keys are left to transformers' cache.
+    """
+    types = getattr(config.get_text_config(), "layer_types", None) or []
+    layers = DynamicCache(config=config).layers
+    if "chunked_attention" in types or getattr(config.get_text_config(), "attention_chunk_size", None):
+        return None
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return None
+    return [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in layers]
