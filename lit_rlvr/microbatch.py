@@ -46,15 +46,28 @@ def split_rows(lengths: Tensor, budget: int) -> list[Tensor]:
     return parts
 
 
+def enters(chosen: Tensor) -> Tensor:
+    """Response tokens that a chosen one comes after [B, T]: with the prompt, all that the forward pass needs.
+
+    >>> enters(torch.tensor([[False, True, False, True, False], [True, False, False, False, False]])).int().tolist()
+    [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
+    """
+    after = chosen.flip(-1).cumsum(-1).flip(-1) - chosen.int()
+    return after > 0
+
+
 def lay_out(rollout: RolloutBatch, rows: Tensor, chosen: Tensor, device: torch.device) -> MicroBatch:
-    """Lay out ``rows`` [n] of a rollout, asking for the response tokens that ``chosen`` [B, T] marks."""
-    prompt_mask, response_mask = rollout.prompt_mask[rows], rollout.response_mask[rows]
-    prompt, response = prompt_mask.sum(-1), response_mask.sum(-1)
-    width = int((prompt + response).max()) if len(rows) else 0
+    """Lay out ``rows`` [n] of a rollout, asking for the response tokens that ``chosen`` [B, T] marks.
+
+    What stands behind the state that predicts a row's last chosen token is left out: attention is causal.
+    """
+    prompt_mask, entering = rollout.prompt_mask[rows], enters(chosen)[rows]
+    prompt, total = prompt_mask.sum(-1), prompt_mask.sum(-1) + entering.sum(-1)
+    width = int(total.max()) if len(rows) else 0
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     place = torch.arange(width)[None, :]
     ids[place < prompt[:, None]] = rollout.prompt_ids[rows][prompt_mask]
-    ids[(place >= prompt[:, None]) & (place < (prompt + response)[:, None])] = rollout.response_ids[rows][response_mask]
+    ids[(place >= prompt[:, None]) & (place < total[:, None])] = rollout.response_ids[rows][entering]
     local, column = chosen[rows].nonzero(as_tuple=True)
     # The hidden state at place s predicts the token at s + 1.
     index = local * width + prompt[local] + column - 1
@@ -85,7 +98,7 @@ def cut(
     """
     rows = chosen.any(-1).nonzero().squeeze(-1)
     if size is None:
-        lengths = (rollout.prompt_mask.sum(-1) + rollout.lengths)[rows]
+        lengths = (rollout.prompt_mask.sum(-1) + enters(chosen).sum(-1))[rows]
         parts = [rows[part] for part in split_rows(lengths, budget)]
     else:
         parts = list(rows.split(size)) if len(rows) else []
