@@ -170,9 +170,10 @@ class RLVRModule(EvaluationSteps):
         policy's view of all tokens before a token's loss is known is taken after it.
         """
         for micro, last in self.micro_batches(mini):
-            score = partial(self.policy, micro.ids, micro.index, micro.targets, self.sampling.temperature)
+            tokens = (micro.ids, micro.index, micro.targets)
+            score = partial(self.policy, *tokens, self.sampling.temperature, pack=micro.pack)
             if self.separable:
-                yield score(self.objective(mini, micro, meter)), last
+                yield score(token_loss=self.objective(mini, micro, meter)), last
             else:
                 logprobs, entropies = score()
                 refined = of_micro_batch(self, mini, micro, logprobs, entropies, self._ctx)
@@ -191,7 +192,8 @@ class RLVRModule(EvaluationSteps):
         """
         everything = self.kl_loss is not None or penalises(self.chain) or not self.separable
         chosen = mini.rollout.response_mask if everything else mini.credit.learns
-        return cut(mini.rollout, chosen, self.batch.micro_tokens, self.batch.micro_rows, self.device, self.reduce)
+        budget, rows = self.batch.micro_tokens, self.batch.micro_rows
+        return cut(mini.rollout, chosen, budget, rows, self.device, self.reduce, self.policy.layout)
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: Lightning would zero after ``training_step``, which begins with zeroing and accumulates."""
@@ -283,11 +285,17 @@ class RLVRModule(EvaluationSteps):
             object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
         if self.critic_settings is not None:
             start = resolve_model(self.critic_settings.model or self.model)
-            self.critic = ValueModel(start, self.dtype_name, gradient_checkpointing=self.gradient_checkpointing)
+            self.critic = ValueModel(
+                start,
+                self.dtype_name,
+                gradient_checkpointing=self.gradient_checkpointing,
+                layout=self.batch.layout,
+            )
 
     def open_policy(self, model: str, **options: Any) -> Policy:
         """Load a policy in the way of this run's strategy: whole, or spread over the devices; every rank calls it."""
         path = resolve_model(model)
+        options["layout"] = self.batch.layout
         if self.device_mesh is None:
             return load_policy(path, self.dtype_name, **options)
         strategy = self.trainer.strategy

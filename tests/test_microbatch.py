@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from rollouts import build_rollout, rollouts
 from torch import Tensor
 
-from lit_rlvr.microbatch import empty, lay_out, split_rows
+from lit_rlvr.microbatch import empty, lay_out
+from lit_rlvr.split import split_rows
 from lit_rlvr.types import RolloutBatch
 
 CPU = torch.device("cpu")
