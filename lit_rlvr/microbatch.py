@@ -26,6 +26,7 @@ class MicroBatch:
         targets: The response tokens to score [M].
         row: Row of each target in the rollout [M].
         column: Position of each target in its response [M].
+        rows: How many rows are laid out.
         padding: How many of the places hold no token.
         pack: What attention needs to know of a row of sequences; None: the rows are padded.
     """
@@ -35,6 +36,7 @@ class MicroBatch:
     targets: Tensor
     row: Tensor
     column: Tensor
+    rows: int = 0
     padding: int = 0
     pack: Pack | None = None
 
@@ -75,7 +77,7 @@ def lay_out(
     # The hidden state at one place predicts the token at the next.
     index = torch.where(column == 0, before[local], first[local] + column - 1)
     targets = rollout.response_ids[rows[local], column]
-    return MicroBatch(ids, index, targets, rows[local], column, padding, pack).to(device)
+    return MicroBatch(ids, index, targets, rows[local], column, len(rows), padding, pack).to(device)
 
 
 def _padded(rollout: RolloutBatch, rows: Tensor, entering: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -14,6 +14,7 @@ from rollouts import padded
 from tiny_models import VOCABULARY, build
 from torch import Tensor
 from torch.nn.functional import rms_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
@@ -21,11 +22,14 @@ from lit_rlvr.layout import Layout, check_packs, choose_layout
 from lit_rlvr.microbatch import MicroBatch, cut
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import LocalReduce
+from lit_rlvr.scoring import score
+from lit_rlvr.segments import hidden_states
+from lit_rlvr.split import fill, split_prompts
 from lit_rlvr.types import RolloutBatch
 
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared")
 CPU = torch.device("cpu")
-few = settings(max_examples=25, deadline=None, derandomize=True)
+few = settings(max_examples=15, deadline=None, derandomize=True)
 
 
 def ragged(sizes: list[int], seed: int, longest: int = 9) -> RolloutBatch:
@@ -148,3 +152,152 @@ def test_families(family: str, layout: Layout) -> None:
     """Untied heads, learnt positions, windows of 4 tokens in every other layer, scaled logits."""
     rollout = ragged([3, 1, 4], 5)
     check(float64(family), rollout, choose(rollout, 0.5, 5), layout, exact=family in ("llama", "gpt2"))
+
+
+def test_gradient_checkpointing(qwen3: Policy) -> None:
+    """Layers that are computed again in the backward pass are given the pack again."""
+    rollout = ragged([3, 1, 4], 5)
+    qwen3.hf.activation_checkpointing_enable()
+    qwen3.train()
+    try:
+        check(qwen3, rollout, choose(rollout, 0.5, 5), "shared")
+    finally:
+        qwen3.eval()
+        qwen3.hf.activation_checkpointing_disable()
+
+
+def test_padded_rows_of_a_model_that_computes_packs(qwen3: Policy) -> None:
+    """What a model computes without a pack is what it computed before, left padding and a cache included."""
+    before, ids = build("qwen3").double(), torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+    mask = ids > 0
+    for hf in (before, qwen3.hf):
+        for norm in hf.modules():
+            if isinstance(norm, Qwen3RMSNorm):
+                norm.forward = partial(rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight, eps=1e-6)
+    options = {"attention_mask": mask.long(), "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    torch.testing.assert_close(qwen3.hf(ids, **options).logits[mask], before(ids, **options).logits[mask])
+    generation = {"max_new_tokens": 5, "do_sample": False, "attention_mask": mask.long(), "pad_token_id": 0}
+    assert torch.equal(qwen3.hf.generate(ids, **generation), before.generate(ids, **generation))
+
+
+def test_scores_do_not_depend_on_the_layout(qwen3: Policy) -> None:
+    """Log-probabilities and entropies of every response token."""
+    rollout = ragged([3, 1, 4], 6)
+    scores = []
+    for layout in LAYOUTS:
+        qwen3.layout = layout
+        scores.append(score(qwen3, rollout, 0.8, 30))
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0])
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements of a tensor."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_no_tensor_grows_with_the_square_of_a_pack(qwen3: Policy, layout: Layout) -> None:
+    """In a pack of hundreds of short rows the largest tensor is one of the network's own."""
+    rollout = ragged([8] * 40, 7)
+    [(micro, _)] = cut(rollout, rollout.response_mask, 10**6, None, CPU, LocalReduce(), layout)
+    with Largest() as largest:
+        hidden_states(qwen3.hf.base_model, micro.ids, micro.pack)
+    places = micro.ids.numel()
+    assert places > 1000
+    assert largest.elements <= 64 * places < places**2
+
+
+def test_a_prompt_is_there_once() -> None:
+    """Two prompts of 2 tokens with 2 and 1 responses of 3, of which the last needs no place."""
+    ids = torch.tensor([[2, 3], [4, 5], [2, 3]])
+    everything, answers = torch.ones(3, 3, dtype=torch.bool), torch.arange(10, 19).view(3, 3)
+    zeros, flags = torch.zeros(3, 3), torch.ones(3, dtype=torch.bool)
+    rollout = RolloutBatch(
+        ids, everything[:, :2], answers, everything, zeros, zeros, zeros[0], zeros[0], torch.arange(3),
+        torch.zeros(3, 3, dtype=torch.int64), flags,
+    )  # fmt: skip
+    [(micro, _)] = cut(rollout, everything, 99, None, CPU, LocalReduce(), "shared")
+    assert micro.pack is not None
+    assert micro.ids.tolist() == [[4, 5, 13, 14, 2, 3, 10, 11, 16, 17]]
+    assert micro.pack.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 2, 3]]
+    assert micro.index.tolist() == [5, 6, 7, 1, 2, 3, 5, 8, 9]
+    assert micro.targets.tolist() == list(range(10, 19))
+    assert [(p.start, p.lengths, p.prompts) for p in micro.pack.parts] == [(0, (4, 2), None), (6, (2, 2), (4, 1, 2))]
+
+
+@pytest.mark.parametrize("family", ["gemma2"])
+def test_models_that_do_not_allow_packs(family: str) -> None:
+    """Asked for, it is refused in a sentence; left open, rows are padded."""
+    assert choose_layout(build(family), None) == "padded"
+    with pytest.raises(ValueError, match=r"batch.layout shared does not go with Gemma2ForCausalLM: .*; use"):
+        load(family, "shared")
+
+
+def load(family: str, layout: Layout) -> None:
+    """What loading does about layouts."""
+    hf = build(family)
+    choose_layout(hf, layout)
+    check_packs(hf)
+
+
+def test_a_model_that_mixes_the_tokens_of_a_row_is_refused() -> None:
+    """A convolution over places, say, would mix the sequences of a pack."""
+    hf = build("llama")
+    hf.model.layers[0].register_forward_hook(lambda module, args, output: output + output.roll(1, 1))
+    choose_layout(hf, "packed")
+    with pytest.raises(ValueError, match="does not give in a pack what it gives for rows on their own"):
+        check_packs(hf)
+
+
+def test_a_model_that_keeps_the_pack_from_its_attention_is_refused() -> None:
+    """Its attention would see all tokens of the pack."""
+    hf = build("llama")
+    choose_layout(hf, "packed")
+    for layer in hf.model.layers:
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != "pack"}), with_kwargs=True
+        )
+    with pytest.raises(ValueError, match="does not hand its attention what packs need"):
+        check_packs(hf)
+
+
+@few
+@given(st.lists(st.integers(0, 30), max_size=12), st.integers(1, 60))
+def test_bins_hold_every_item_within_the_budget(costs: list[int], budget: int) -> None:
+    """Every item once; a bin above the budget holds one item; at most twice as many bins as the sum needs."""
+    bins = fill(costs, budget)
+    assert sorted(i for members in bins for i in members) == list(range(len(costs)))
+    totals = [sum(costs[i] for i in members) for members in bins]
+    assert totals == sorted(totals, reverse=True)
+    assert all(len(members) == 1 or total <= budget for members, total in zip(bins, totals, strict=True))
+    # Of two bins at most half full one is one too many.
+    needed = sum(min(cost, budget) for cost in costs) / budget
+    assert len(bins) <= 2 * needed + 1
+
+
+@few
+@given(st.lists(st.integers(1, 6), max_size=5), st.integers(1, 80), st.integers(0, 99))
+def test_prompts_stay_together_where_the_budget_allows(sizes: list[int], budget: int, seed: int) -> None:
+    """Every row once, prompts counted once; a prompt whose rows fit is in one part."""
+    rng = random.Random(seed)
+    asked = [rng.randint(1, 9) for _ in sizes]
+    same = torch.tensor([number for number, size in enumerate(sizes) for _ in range(size)], dtype=torch.int64)
+    prompts = torch.tensor([asked[number] for number in same.tolist()], dtype=torch.int64)
+    responses = torch.tensor([rng.randint(0, 20) for _ in same], dtype=torch.int64)
+    parts = split_prompts(prompts, responses, same, budget)
+    assert sorted(row for part in parts for row in part.tolist()) == list(range(len(same)))
+    for part in parts:
+        cost = int(responses[part].sum()) + sum(asked[number] for number in same[part].unique().tolist())
+        assert len(part) == 1 or cost <= budget or len(same[part].unique()) == 1
+    for number, length in enumerate(asked):
+        rows = (same == number).nonzero().squeeze(-1).tolist()
+        if length + int(responses[rows].sum()) <= budget:
+            assert sum(bool(set(rows) & set(part.tolist())) for part in parts) == 1
