@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_rlvr.layout import Layout
 from lit_rlvr.meter import Meter
 from lit_rlvr.microbatch import cut
 from lit_rlvr.minibatch import MiniBatch
 from lit_rlvr.policy import load_policy
 from lit_rlvr.reduce import Reduce
+from lit_rlvr.segments import Pack, hidden_states
 from lit_rlvr.types import RolloutBatch
 
 if TYPE_CHECKING:
@@ -65,20 +67,24 @@ class ValueModel(nn.Module):
         path: A Hugging Face model folder or name.
         dtype: Dtype of the body; the head is float32, or float64 for a float64 body.
         gradient_checkpointing: Recompute activations in the backward pass.
+        layout: How rows are laid out for it, as for a policy.
     """
 
-    def __init__(self, path: str, dtype: str, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, path: str, dtype: str, *, gradient_checkpointing: bool = False, layout: Layout | None = "padded"
+    ) -> None:
         super().__init__()
-        hf = load_policy(path, dtype, gradient_checkpointing=gradient_checkpointing).hf
+        policy = load_policy(path, dtype, gradient_checkpointing=gradient_checkpointing, layout=layout)
+        hf, self.layout = policy.hf, policy.layout
         self.body: Any = hf.base_model
         size = hf.config.get_text_config().hidden_size
         self.head = nn.Linear(size, 1, dtype=torch.float64 if dtype == "float64" else torch.float32)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, ids: Tensor, index: Tensor) -> Tensor:
-        """Values [M] of the states at the flat places ``index`` [M] of ``ids`` [N, S]."""
-        hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
+    def forward(self, ids: Tensor, index: Tensor, pack: Pack | None = None) -> Tensor:
+        """Values [M] of the states at the flat places ``index`` [M] of ``ids`` [N, S], or of a pack [1, S]."""
+        hidden = hidden_states(self.body, ids, pack)
         with torch.autocast(ids.device.type, enabled=False):
             values: Tensor = self.head(hidden.flatten(0, 1)[index].to(self.head.weight.dtype)).squeeze(-1)
         return values
@@ -88,8 +94,8 @@ class ValueModel(nn.Module):
 def score_values(critic: Any, rollout: RolloutBatch, budget: int, device: torch.device, reduce: Reduce) -> Tensor:
     """The critic's value of the state before each response token [B, T]; 0 off the mask. Every rank calls it."""
     values = torch.zeros_like(rollout.old_logprobs)
-    for micro, _ in cut(rollout, rollout.response_mask, budget, None, device, reduce):
-        values[micro.row.cpu(), micro.column.cpu()] = critic(micro.ids, micro.index).to(values)
+    for micro, _ in cut(rollout, rollout.response_mask, budget, None, device, reduce, critic.layout):
+        values[micro.row.cpu(), micro.column.cpu()] = critic(micro.ids, micro.index, micro.pack).to(values)
     return values
 
 
@@ -100,12 +106,13 @@ def value_losses(module: RLVRModule, mini: MiniBatch, meter: Meter) -> Iterator[
     """
     assert module.critic_settings is not None
     mask, budget, scale = mini.rollout.response_mask, module.batch.micro_tokens, module.reduce.world_size
-    for micro, last in cut(mini.rollout, mask, budget, None, module.device, module.reduce):
+    layout = module.critic.layout
+    for micro, last in cut(mini.rollout, mask, budget, None, module.device, module.reduce, layout):
         where = (micro.row.cpu(), micro.column.cpu())
         assert mini.rollout.values is not None
         assert mini.returns is not None
         old, returns, share = (t[where].to(micro.ids.device) for t in (mini.rollout.values, mini.returns, mini.share))
-        values = module.critic(micro.ids, micro.index)
+        values = module.critic(micro.ids, micro.index, micro.pack)
         each, held = module.critic_settings.loss(values, old.to(values), returns.to(values))
         loss = (share * each).sum() / (mini.share_denominator or 1.0)
         meter.add(value_loss=loss.detach(), value_clip=held.sum(), values=float(len(each)))

@@ -119,7 +119,7 @@ def device_lines(module: Any, cluster: Cluster, facts: Facts) -> list[str]:
         holds = f"micro_rows {batch.micro_rows} takes {fit} at a time, at most {fit * width:,} tokens"
     return [
         f"{cluster.devices} device(s), {kind}" if cluster.devices > 1 else "1 device",
-        f"each learns from {rows} rollouts per step; {holds}, so at most {-(-rows // fit)} forward and backward "
+        f"each learns from {rows} rollouts per step; {holds}, so about {-(-rows // fit)} forward and backward "
         "pass(es) per step",
     ]
 

@@ -139,9 +139,13 @@ class WithoutAdapters:
     def device(self) -> torch.device:
         return self.policy.device  # type: ignore[no-any-return]
 
-    def __call__(self, *arguments: Any) -> Any:
+    @property
+    def layout(self) -> Any:
+        return self.policy.layout
+
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
         with adapters_off(self.policy):
-            return self.policy(*arguments)
+            return self.policy(*arguments, **more)
 
 
 def base_of(path: str) -> str:

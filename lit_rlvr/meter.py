@@ -21,6 +21,10 @@ SUMS: tuple[str, ...] = (
     "value_loss",
     "value_clip",
     "values",
+    "rows",
+    "entered",
+    "places",
+    "padding",
 )
 
 
@@ -52,6 +56,8 @@ class Meter:
         for name, tokens in (("kl_ref", "ref_tokens"), ("penalty", "penalty_tokens"), ("value_clip", "values")):
             if total[tokens]:
                 metrics[f"train/{name}"] = total[name] / total[tokens]
+        metrics["train/skipped_rows"] = total["rows"] - total["entered"]
+        metrics["train/padding"] = total["padding"] / max(total["places"], 1.0)
         if total["values"]:
             metrics["train/value_loss"] = total["value_loss"]
         return metrics

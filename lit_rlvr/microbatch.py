@@ -1,13 +1,17 @@
-"""Cutting rows into micro-batches by a token budget, and laying them out without padding in the head."""
+"""Cutting rows into micro-batches by a token budget, and laying them out for the policy."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lit_rlvr.layout import Layout
+from lit_rlvr.packing import pack_rows
 from lit_rlvr.reduce import Reduce
+from lit_rlvr.segments import Pack
+from lit_rlvr.split import split_prompts, split_rows
 from lit_rlvr.types import RolloutBatch
 
 
@@ -16,11 +20,15 @@ class MicroBatch:
     """Rows as the policy reads them.
 
     Args:
-        ids: Prompt and response, padded on the right [N, S].
+        ids: Prompt and response, padded on the right [N, S]; or one row of sequences side by side, told apart by
+            ``pack``.
         index: Flat places in [N * S] of the hidden states that predict ``targets`` [M].
         targets: The response tokens to score [M].
         row: Row of each target in the rollout [M].
         column: Position of each target in its response [M].
+        rows: How many rows are laid out.
+        padding: How many of the places hold no token.
+        pack: What attention needs to know of a row of sequences; None: the rows are padded.
     """
 
     ids: Tensor
@@ -28,38 +36,61 @@ class MicroBatch:
     targets: Tensor
     row: Tensor
     column: Tensor
+    rows: int = 0
+    padding: int = 0
+    pack: Pack | None = None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on ``device``."""
+        names = ("ids", "index", "targets", "row", "column")
+        pack = None if self.pack is None else self.pack.to(device)
+        return replace(self, pack=pack, **{name: getattr(self, name).to(device) for name in names})
 
 
-def split_rows(lengths: Tensor, budget: int) -> list[Tensor]:
-    """Group rows of similar length so that rows x longest stays within ``budget`` tokens; one row at the least.
+def enters(chosen: Tensor) -> Tensor:
+    """Response tokens that a chosen one comes after [B, T]: with the prompt, all that the forward pass needs.
 
-    >>> [part.tolist() for part in split_rows(torch.tensor([2, 8, 2, 3]), budget=8)]
-    [[1], [3, 0], [2]]
+    >>> enters(torch.tensor([[False, True, False, True, False], [True, False, False, False, False]])).int().tolist()
+    [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
     """
-    parts: list[Tensor] = []
-    order = torch.argsort(lengths, descending=True, stable=True)
-    start = 0
-    while start < len(order):
-        fits = max(1, budget // max(1, int(lengths[order[start]])))
-        parts.append(order[start : start + fits])
-        start += fits
-    return parts
+    after = chosen.flip(-1).cumsum(-1).flip(-1) - chosen.int()
+    return after > 0
 
 
-def lay_out(rollout: RolloutBatch, rows: Tensor, chosen: Tensor, device: torch.device) -> MicroBatch:
-    """Lay out ``rows`` [n] of a rollout, asking for the response tokens that ``chosen`` [B, T] marks."""
-    prompt_mask, response_mask = rollout.prompt_mask[rows], rollout.response_mask[rows]
-    prompt, response = prompt_mask.sum(-1), response_mask.sum(-1)
-    width = int((prompt + response).max()) if len(rows) else 0
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    place = torch.arange(width)[None, :]
-    ids[place < prompt[:, None]] = rollout.prompt_ids[rows][prompt_mask]
-    ids[(place >= prompt[:, None]) & (place < (prompt + response)[:, None])] = rollout.response_ids[rows][response_mask]
+def lay_out(
+    rollout: RolloutBatch, rows: Tensor, chosen: Tensor, device: torch.device, layout: Layout = "padded"
+) -> MicroBatch:
+    """Lay out ``rows`` [n] of a rollout, asking for the response tokens that ``chosen`` [B, T] marks.
+
+    What stands behind the state that predicts a row's last chosen token is left out: attention is causal.
+    """
     local, column = chosen[rows].nonzero(as_tuple=True)
-    # The hidden state at place s predicts the token at s + 1.
-    index = local * width + prompt[local] + column - 1
+    entering = enters(chosen)[rows]
+    pack, padding = None, 0
+    if layout == "padded":
+        ids, before, first, padding = _padded(rollout, rows, entering)
+    else:
+        same = same_prompt(rollout, rows) if layout == "shared" else torch.arange(len(rows))
+        prompts = [rollout.prompt_ids[row][rollout.prompt_mask[row]] for row in rows]
+        responses = [rollout.response_ids[row][enter] for row, enter in zip(rows, entering, strict=True)]
+        ids, before, first, pack = pack_rows(prompts, responses, same.tolist())
+    # The hidden state at one place predicts the token at the next.
+    index = torch.where(column == 0, before[local], first[local] + column - 1)
     targets = rollout.response_ids[rows[local], column]
-    return MicroBatch(*(t.to(device) for t in (ids, index, targets, rows[local], column)))
+    return MicroBatch(ids, index, targets, rows[local], column, len(rows), padding, pack).to(device)
+
+
+def _padded(rollout: RolloutBatch, rows: Tensor, entering: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Token ids [n, S], flat places of the last token of each prompt and of what follows it [n], and the padding."""
+    prompt_mask = rollout.prompt_mask[rows]
+    prompt, total = prompt_mask.sum(-1), prompt_mask.sum(-1) + entering.sum(-1)
+    width = int(total.max()) if len(rows) else 0
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    at = torch.arange(width)[None, :]
+    ids[at < prompt[:, None]] = rollout.prompt_ids[rows][prompt_mask]
+    ids[(at >= prompt[:, None]) & (at < total[:, None])] = rollout.response_ids[rows][entering]
+    first = torch.arange(len(rows)) * width + prompt
+    return ids, first - 1, first, ids.numel() - int(total.sum())
 
 
 def empty(device: torch.device) -> MicroBatch:
@@ -68,8 +99,20 @@ def empty(device: torch.device) -> MicroBatch:
     return MicroBatch(torch.zeros(1, 1, dtype=torch.int64, device=device), nothing, nothing, nothing, nothing)
 
 
+def same_prompt(rollout: RolloutBatch, rows: Tensor) -> Tensor:
+    """A number per row [n]; rows have the same one if, and only if, they have the same prompt."""
+    tokens = rollout.prompt_ids[rows].masked_fill(~rollout.prompt_mask[rows], -1)
+    return torch.unique(tokens, dim=0, return_inverse=True)[1]
+
+
 def cut(
-    rollout: RolloutBatch, chosen: Tensor, budget: int, size: int | None, device: torch.device, reduce: Reduce
+    rollout: RolloutBatch,
+    chosen: Tensor,
+    budget: int,
+    size: int | None,
+    device: torch.device,
+    reduce: Reduce,
+    layout: Layout = "padded",
 ) -> list[tuple[MicroBatch, bool]]:
     """Cut the rows that have a chosen token into micro-batches; the flag marks the last.
 
@@ -82,14 +125,18 @@ def cut(
         size: Rows per micro-batch, in their order, instead of a budget.
         device: Where the policy is.
         reduce: Counts over ranks.
+        layout: How rows are laid out.
     """
     rows = chosen.any(-1).nonzero().squeeze(-1)
-    if size is None:
-        lengths = (rollout.prompt_mask.sum(-1) + rollout.lengths)[rows]
-        parts = [rows[part] for part in split_rows(lengths, budget)]
-    else:
+    prompts, responses = rollout.prompt_mask.sum(-1)[rows], enters(chosen).sum(-1)[rows]
+    if size is not None:
         parts = list(rows.split(size)) if len(rows) else []
+    elif layout == "padded":
+        parts = [rows[part] for part in split_rows(prompts + responses, budget)]
+    else:
+        same = same_prompt(rollout, rows) if layout == "shared" else torch.arange(len(rows))
+        parts = [rows[part] for part in split_prompts(prompts, responses, same, budget)]
     number = max(1, int(reduce.max(torch.tensor(len(parts)))))
-    micros = [lay_out(rollout, part, chosen, device) for part in parts]
+    micros = [lay_out(rollout, part, chosen, device, layout) for part in parts]
     micros += [empty(device)] * (number - len(micros))
     return [(micro, i == number - 1) for i, micro in enumerate(micros)]

@@ -12,9 +12,8 @@ with both sums over a whole mini-batch and all ranks. :meth:`RLVRModule.training
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +28,23 @@ from lit_rlvr.aggregation import Aggregation, TokenMean
 from lit_rlvr.checkpoint import Hyperparameters, configured_again, hyperparameters
 from lit_rlvr.checks import check_algorithm, check_chain, check_trainer
 from lit_rlvr.collect import Collector
-from lit_rlvr.credit import CreditCallback, all_callbacks, credit_chain, describe_chain, penalises
+from lit_rlvr.credit import CreditCallback, CreditContext, all_callbacks, credit_chain, describe_chain, penalises
 from lit_rlvr.critic import Critic, ValueModel, value_losses
 from lit_rlvr.data import RLVRDataModule, Ticket
 from lit_rlvr.engines import Engine, InProcessEngine, Sampling
 from lit_rlvr.evaluate import EvaluationSteps
 from lit_rlvr.kl import KLPenalty
+from lit_rlvr.learning import backward_but_last, policy_losses
 from lit_rlvr.lora import LoRA, WithoutAdapters
 from lit_rlvr.losses import ClippedSurrogate, PolicyLoss
 from lit_rlvr.meter import Meter
-from lit_rlvr.microbatch import MicroBatch, cut
 from lit_rlvr.minibatch import MiniBatch
 from lit_rlvr.models import resolve_model, save_model
-from lit_rlvr.objective import TokenObjective
 from lit_rlvr.optimizing import clip_apart, gradient_norms, parameter_groups
 from lit_rlvr.phase import Phase, run_phase
 from lit_rlvr.policy import Policy, load_policy
 from lit_rlvr.reduce import Reduce, default_reduce
-from lit_rlvr.refine import of_micro_batch, of_mini_batch
+from lit_rlvr.refine import of_mini_batch
 from lit_rlvr.settings import Batch, Evaluation
 from lit_rlvr.shaping import DynamicSampling, OverlongPenalty
 from lit_rlvr.sharding import load_sharded, whole_weights
@@ -123,6 +121,7 @@ class RLVRModule(EvaluationSteps):
         self.critic: Any = None
         self.step_metrics: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
+        self.ctx: CreditContext
         self._mini: MiniBatch
         self._configured: Hyperparameters
         object.__setattr__(self, "reference", None)
@@ -146,8 +145,8 @@ class RLVRModule(EvaluationSteps):
             # Still the old policy: a ratio of 1, whatever rounding makes of it. A penalty on |log ratio| has no
             # gradient there, but one of full size and random sign an epsilon beside it.
             mini = replace(mini, own_old=True)
-        self._ctx = self.phase.context(self.trainer.global_step)
-        self._mini = of_mini_batch(self, mini, self._ctx, moved=moved)
+        self.ctx = self.phase.context(self.trainer.global_step)
+        self._mini = of_mini_batch(self, mini, self.ctx, moved=moved)
 
     def training_step(self, batch: Ticket, batch_idx: int) -> Tensor:
         """One optimiser step on one mini-batch, micro-batch by micro-batch.
@@ -157,41 +156,11 @@ class RLVRModule(EvaluationSteps):
         """
         self.trainer.optimizers[0].zero_grad()
         meter = Meter()
-        loss = backward_but_last(self.policy_losses(self._mini, meter))
+        loss = backward_but_last(policy_losses(self, self._mini, meter))
         if self.critic is not None:
             loss = loss + backward_but_last(value_losses(self, self._mini, meter))
-        self._metrics |= meter.read(self.reduce) | self._ctx.metrics
+        self._metrics |= meter.read(self.reduce) | self.ctx.metrics
         return loss
-
-    def policy_losses(self, mini: MiniBatch, meter: Meter) -> Iterator[tuple[Tensor, bool]]:
-        """The policy's loss on each micro-batch; the flag marks the last.
-
-        A loss that is a sum over tokens goes into the forward pass (the selected head). One that needs the current
-        policy's view of all tokens before a token's loss is known is taken after it.
-        """
-        for micro, last in self.micro_batches(mini):
-            score = partial(self.policy, micro.ids, micro.index, micro.targets, self.sampling.temperature)
-            if self.separable:
-                yield score(self.objective(mini, micro, meter)), last
-            else:
-                logprobs, entropies = score()
-                refined = of_micro_batch(self, mini, micro, logprobs, entropies, self._ctx)
-                yield self.objective(refined, micro, meter)(logprobs, entropies, slice(None)), last
-
-    def objective(self, mini: MiniBatch, micro: MicroBatch, meter: Meter) -> TokenObjective:
-        """The loss of a micro-batch's tokens."""
-        scale = self.reduce.world_size  # the strategy averages gradients over the ranks
-        return TokenObjective(mini, micro, self.loss, self.kl_loss, self.chain, self._ctx, scale, meter)
-
-    def micro_batches(self, mini: MiniBatch) -> list[tuple[MicroBatch, bool]]:
-        """Cut a mini-batch's rows by the token budget, or into ``micro_rows`` rows each; the flag marks the last.
-
-        Only tokens with something to learn are asked for, and rows without any are left out: exact, because their
-        gradient is zero. Terms about every response token ask for all of them.
-        """
-        everything = self.kl_loss is not None or penalises(self.chain) or not self.separable
-        chosen = mini.rollout.response_mask if everything else mini.credit.learns
-        return cut(mini.rollout, chosen, self.batch.micro_tokens, self.batch.micro_rows, self.device, self.reduce)
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: Lightning would zero after ``training_step``, which begins with zeroing and accumulates."""
@@ -283,11 +252,17 @@ class RLVRModule(EvaluationSteps):
             object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
         if self.critic_settings is not None:
             start = resolve_model(self.critic_settings.model or self.model)
-            self.critic = ValueModel(start, self.dtype_name, gradient_checkpointing=self.gradient_checkpointing)
+            self.critic = ValueModel(
+                start,
+                self.dtype_name,
+                gradient_checkpointing=self.gradient_checkpointing,
+                layout=self.batch.layout,
+            )
 
     def open_policy(self, model: str, **options: Any) -> Policy:
         """Load a policy in the way of this run's strategy: whole, or spread over the devices; every rank calls it."""
         path = resolve_model(model)
+        options["layout"] = self.batch.layout
         if self.device_mesh is None:
             return load_policy(path, self.dtype_name, **options)
         strategy = self.trainer.strategy
@@ -352,12 +327,3 @@ class RLVRModule(EvaluationSteps):
         if self.trainer.is_global_zero:
             save_model(self.policy.hf, self.tokenizer, path, weights)
         return path
-
-
-def backward_but_last(losses: Iterator[tuple[Tensor, bool]]) -> Tensor:
-    """Run the backward pass of each loss before the next is made, and return the last."""
-    for loss, last in losses:
-        if last:
-            return loss
-        loss.backward()
-    raise AssertionError("there is always a last micro-batch")

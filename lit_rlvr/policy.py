@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lit_rlvr.head import LogitTransform, TokenLoss, chunked_logprobs, selected_loss
+from lit_rlvr.layout import Layout, check_packs, choose_layout
 from lit_rlvr.lora import LoRA, add_adapters, base_of, merge_folder
+from lit_rlvr.segments import Pack, hidden_states
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -34,6 +36,8 @@ class Policy(nn.Module):
                 f"{type(hf).__name__} has a {type(head).__name__} as its head; only a plain nn.Linear works"
             )
         self.transform = logit_transform(hf)
+        self.layout: Layout = "padded"
+        """How rows are laid out for it."""
         self.placed: torch.device | None = None
         """Where it computes, if its weights wait elsewhere."""
         self.train(hf.training)
@@ -54,20 +58,22 @@ class Policy(nn.Module):
         targets: Tensor,
         temperature: float = 1.0,
         token_loss: TokenLoss | None = None,
+        pack: Pack | None = None,
     ) -> Any:
         """Score ``targets``, or with ``token_loss`` take the loss over them with the selected head.
 
         Args:
-            ids: Sequences [N, S], padded on the right; causal attention then needs no mask.
+            ids: Sequences [N, S], padded on the right; causal attention then needs no mask. Or a pack [1, S].
             index: Flat places in [N * S] of the hidden states that predict the targets [M].
             targets: Token ids [M].
             temperature: Sampling temperature.
             token_loss: A token-separable loss; see :func:`lit_rlvr.head.selected_loss`.
+            pack: Which sequences a pack is made of; the policy's ``layout`` must not be ``padded``.
 
         Returns:
             (log-probabilities [M], entropies [M]) in nats, or the scalar loss.
         """
-        hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = hidden_states(self.hf.base_model, ids, pack)
         picked = hidden.flatten(0, 1)[index]
         head: Any = self.hf.get_output_embeddings()
         options: dict[str, Any] = {"bias": head.bias, "transform": self._at(temperature)}
@@ -134,6 +140,7 @@ def load_policy(
     *,
     gradient_checkpointing: bool = False,
     lora: LoRA | None = None,
+    layout: Layout | None = "padded",
     empty: bool = False,
 ) -> Policy:
     """Load a causal language model from a folder or a hub name, ready for training.
@@ -146,10 +153,11 @@ def load_policy(
         dtype: ``float32``, ``bfloat16`` or ``float64``.
         gradient_checkpointing: Recompute activations in the backward pass.
         lora: Adapters to train instead of the weights.
+        layout: How rows will be laid out for it; null: :func:`~lit_rlvr.layout.choose_layout` says.
         empty: On the meta device, without weights, unchecked: for a strategy that fills it in.
 
     Raises:
-        ValueError: For an unknown dtype or a head that is not supported.
+        ValueError: For an unknown dtype, a head that is not supported, or a layout that the model does not allow.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -175,4 +183,7 @@ def load_policy(
     policy = Policy(hf)
     if not empty:
         check_head(policy)
+    policy.layout = choose_layout(hf, layout)
+    if not empty and policy.layout != "padded":
+        check_packs(hf)
     return policy.train()

@@ -34,8 +34,9 @@ def score(
         reduce: Equalises the number of forward passes over ranks, which a sharded policy needs.
     """
     logprobs, entropies = (torch.zeros_like(rollout.response_mask, dtype=torch.float32) for _ in range(2))
-    for micro, _ in cut(rollout, rollout.response_mask, budget, None, policy.device, reduce or LocalReduce()):
-        logp, entropy = policy(micro.ids, micro.index, micro.targets, temperature)
+    everything, reduce = rollout.response_mask, reduce or LocalReduce()
+    for micro, _ in cut(rollout, everything, budget, None, policy.device, reduce, policy.layout):
+        logp, entropy = policy(micro.ids, micro.index, micro.targets, temperature, pack=micro.pack)
         where = (micro.row.cpu(), micro.column.cpu())
         logprobs[where], entropies[where] = logp.float().cpu(), entropy.float().cpu()
     return logprobs, entropies

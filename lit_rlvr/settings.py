@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lit_rlvr.engines import Sampling
 
@@ -20,6 +21,11 @@ class Batch:
             never the gradient.
         micro_rows: Responses per forward and backward pass instead, for callbacks that act on micro-batches, whose
             choices depend on it; null: by ``micro_tokens``.
+        layout: ``padded``: rows beside each other, filled up to the longest. ``packed``: rows one behind the other,
+            each attended to on its own. ``shared``: packed, and responses to one prompt share its place, so that it is
+            computed once. Changes speed and memory, never the gradient. null: ``shared`` for models of the kinds gemma,
+            gemma3_text, gpt2, granite, llama, mistral, phi3, qwen2, qwen3 and smollm3, ``padded`` for others; a model
+            whose attention does not allow what is asked for is refused.
 
     Raises:
         ValueError: When a size is below 1, or mini-batches do not divide the phase.
@@ -31,6 +37,7 @@ class Batch:
     epochs: int = 1
     micro_tokens: int = 16_384
     micro_rows: int | None = None
+    layout: Literal["padded", "packed", "shared"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompts", "responses", "epochs", "micro_tokens", "micro_rows"):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from rollouts import build_rollout, rollouts
 from torch import Tensor
 
-from lit_rlvr.microbatch import empty, lay_out, split_rows
+from lit_rlvr.microbatch import empty, lay_out
+from lit_rlvr.split import split_rows
 from lit_rlvr.types import RolloutBatch
 
 CPU = torch.device("cpu")
@@ -40,13 +41,14 @@ def test_split_by_hand(budget: int, wanted: list[list[int]]) -> None:
 
 
 def naive(rollout: RolloutBatch, rows: list[int], chosen: Tensor) -> tuple[list[list[int]], list[tuple[int, ...]]]:
-    """Unpadded sequences, and for each chosen token (sequence, place of the predicting state, target, row, column)."""
+    """Sequences up to the last state that is needed, and for each chosen token its place, target, row and column."""
     sequences: list[list[int]] = []
     tokens: list[tuple[int, ...]] = []
     for place, row in enumerate(rows):
         prompt = [int(x) for x, m in zip(rollout.prompt_ids[row], rollout.prompt_mask[row], strict=True) if m]
         response = [int(x) for x, m in zip(rollout.response_ids[row], rollout.response_mask[row], strict=True) if m]
-        sequences.append(prompt + response)
+        last = max((column for column in range(len(response)) if chosen[row, column]), default=0)
+        sequences.append(prompt + response[:last])
         for column, token in enumerate(response):
             if chosen[row, column]:
                 tokens.append((place, len(prompt) + column - 1, token, row, column))
@@ -67,8 +69,9 @@ def test_lay_out_against_loops(rollout: RolloutBatch, rng: object, seed: int) ->
     assert micro.ids.tolist() == [s + [0] * (width - len(s)) for s in sequences]
     columns = (micro.index // width, micro.index % width, micro.targets, micro.row, micro.column)
     assert list(zip(*(c.tolist() for c in columns), strict=True)) == tokens
-    # The law itself: the token after the state is the target, and the rollout has it at (row, column).
-    assert torch.equal(micro.ids.flatten()[micro.index + 1], micro.targets)
+    # The law itself: the token after the state is the target where it enters, and the rollout has it at (row, column).
+    followed = [place + 1 < len(sequences[sequence]) for sequence, place, *_ in tokens]
+    assert torch.equal(micro.ids.flatten()[micro.index[followed] + 1], micro.targets[followed])
     assert torch.equal(rollout.response_ids[micro.row, micro.column], micro.targets)
     assert {t.dtype for t in (micro.ids, micro.index, micro.targets, micro.row, micro.column)} == {torch.int64}
 
@@ -77,18 +80,18 @@ def test_lay_out_by_hand() -> None:
     """Prompts of 1 and 2 tokens, responses of 2 and 1: the last row first."""
     rollout = build_rollout([[0.5, 0.5], [0.5]])
     micro = lay_out(rollout, torch.tensor([1, 0]), rollout.response_mask, CPU)
-    assert micro.ids.tolist() == [[11, 21, 130], [10, 30, 31]]
-    assert micro.index.tolist() == [1, 3, 4]
+    assert micro.ids.tolist() == [[11, 21], [10, 30]]
+    assert micro.index.tolist() == [1, 2, 3]
     assert micro.targets.tolist() == [130, 30, 31]
     assert micro.row.tolist() == [1, 0, 0]
     assert micro.column.tolist() == [0, 0, 1]
 
 
 def test_nothing_chosen() -> None:
-    """The rows are still there, for a forward pass in step with other ranks."""
+    """The rows' prompts are still there."""
     rollout = build_rollout([[0.5, 0.5], [0.5]])
     micro = lay_out(rollout, torch.tensor([0, 1]), torch.zeros_like(rollout.response_mask), CPU)
-    assert micro.ids.tolist() == [[10, 30, 31], [11, 21, 130]]
+    assert micro.ids.tolist() == [[10, 0], [11, 21]]
     assert [t.tolist() for t in (micro.index, micro.targets, micro.row, micro.column)] == [[]] * 4
 
 
