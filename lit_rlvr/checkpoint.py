@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.optim import Optimizer
 
+from lit_rlvr.fsdp1 import FSDP1Strategy
+
 log = logging.getLogger(__name__)
 
 
@@ -74,7 +76,12 @@ def check_resumable(path: Path, strategy: Strategy) -> None:
     """
     if not (zipfile.is_zipfile(path) or (path / "meta.pt").is_file()):
         raise ValueError(f"{path} is no checkpoint of a run, or is cut short")
-    if path.is_dir() and not isinstance(strategy, ModelParallelStrategy):
+    if path.is_file() and isinstance(strategy, FSDP1Strategy):
+        raise ValueError(
+            f"{path} is a single file, and PyTorch's first FSDP resumes from folders of shards; add --config "
+            "configs/strategy/fsdp.yaml instead"
+        )
+    if path.is_dir() and not isinstance(strategy, ModelParallelStrategy | FSDP1Strategy):
         raise ValueError(
             f"{path} is a folder of shards, which only a sharded strategy reads: add --config "
             "configs/strategy/fsdp.yaml (one process will do), or begin a run with what `lit-rlvr export` makes of it"

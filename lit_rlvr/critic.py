@@ -65,23 +65,30 @@ class ValueModel(nn.Module):
         path: A Hugging Face model folder or name.
         dtype: Dtype of the body; the head is float32, or float64 for a float64 body.
         gradient_checkpointing: Recompute activations in the backward pass.
+        empty: On the meta device, without weights: for a strategy that fills it in.
     """
 
-    def __init__(self, path: str, dtype: str, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, path: str, dtype: str, *, gradient_checkpointing: bool = False, empty: bool = False) -> None:
         super().__init__()
-        hf = load_policy(path, dtype, gradient_checkpointing=gradient_checkpointing).hf
+        hf = load_policy(path, dtype, gradient_checkpointing=gradient_checkpointing, empty=empty).hf
         self.body: Any = hf.base_model
         size = hf.config.get_text_config().hidden_size
-        self.head = nn.Linear(size, 1, dtype=torch.float64 if dtype == "float64" else torch.float32)
+        wide = torch.float64 if dtype == "float64" else torch.float32
+        self.head = nn.Linear(size, 1, dtype=wide, device="meta" if empty else None)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    @property
+    def hf(self) -> Any:
+        """The Hugging Face model, as of a policy."""
+        return self.body
 
     def forward(self, ids: Tensor, index: Tensor) -> Tensor:
         """Values [M] of the states at the flat places ``index`` [M] of ``ids`` [N, S]."""
         hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
         with torch.autocast(ids.device.type, enabled=False):
             values: Tensor = self.head(hidden.flatten(0, 1)[index].to(self.head.weight.dtype)).squeeze(-1)
-        return values
+        return values.clone()  # FSDP2 warns of views
 
 
 @torch.no_grad()
