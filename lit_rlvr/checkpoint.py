@@ -38,17 +38,23 @@ class PhaseCheckpoint(Checkpoint):
         if every < 1 or keep < 1:
             raise ValueError(f"PhaseCheckpoint.every and keep must be at least 1, got {every} and {keep}")
         self.every, self.keep, self.folder, self.at_end = every, keep, folder, at_end
+        self.due = False
+        """Save at the end of this phase, whatever its number: the run is about to be stopped."""
         self._saved: list[str] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         done = batch.phase + 1
         last = batch.minibatch == pl_module.batch.steps_per_phase - 1
         ends = self.at_end and trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps
-        if last and (done % self.every == 0 or ends):
+        if last and (done % self.every == 0 or ends or self.due):
             self._save(trainer, done)
 
+    def where(self, trainer: pl.Trainer) -> Path:
+        """The folder of the checkpoints."""
+        return Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
+
     def _save(self, trainer: pl.Trainer, done: int) -> None:
-        folder = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
+        folder = self.where(trainer)
         path = folder / f"phase_{done:06d}.ckpt"
         self._saved = [*(name for name in self._saved if name != str(path)), str(path)]
         old, self._saved = self._saved[: -self.keep], self._saved[-self.keep :]
