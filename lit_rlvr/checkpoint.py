@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.optim import Optimizer
 
+from lit_rlvr.fsdp1 import FSDP1Strategy
+
 log = logging.getLogger(__name__)
 
 
@@ -36,17 +38,23 @@ class PhaseCheckpoint(Checkpoint):
         if every < 1 or keep < 1:
             raise ValueError(f"PhaseCheckpoint.every and keep must be at least 1, got {every} and {keep}")
         self.every, self.keep, self.folder, self.at_end = every, keep, folder, at_end
+        self.due = False
+        """Save at the end of this phase, whatever its number: the run is about to be stopped."""
         self._saved: list[str] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         done = batch.phase + 1
         last = batch.minibatch == pl_module.batch.steps_per_phase - 1
         ends = self.at_end and trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps
-        if last and (done % self.every == 0 or ends):
+        if last and (done % self.every == 0 or ends or self.due):
             self._save(trainer, done)
 
+    def where(self, trainer: pl.Trainer) -> Path:
+        """The folder of the checkpoints."""
+        return Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
+
     def _save(self, trainer: pl.Trainer, done: int) -> None:
-        folder = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
+        folder = self.where(trainer)
         path = folder / f"phase_{done:06d}.ckpt"
         self._saved = [*(name for name in self._saved if name != str(path)), str(path)]
         old, self._saved = self._saved[: -self.keep], self._saved[-self.keep :]
@@ -74,7 +82,12 @@ def check_resumable(path: Path, strategy: Strategy) -> None:
     """
     if not (zipfile.is_zipfile(path) or (path / "meta.pt").is_file()):
         raise ValueError(f"{path} is no checkpoint of a run, or is cut short")
-    if path.is_dir() and not isinstance(strategy, ModelParallelStrategy):
+    if path.is_file() and isinstance(strategy, FSDP1Strategy):
+        raise ValueError(
+            f"{path} is a single file, and PyTorch's first FSDP resumes from folders of shards; add --config "
+            "configs/strategy/fsdp.yaml instead"
+        )
+    if path.is_dir() and not isinstance(strategy, ModelParallelStrategy | FSDP1Strategy):
         raise ValueError(
             f"{path} is a folder of shards, which only a sharded strategy reads: add --config "
             "configs/strategy/fsdp.yaml (one process will do), or begin a run with what `lit-rlvr export` makes of it"

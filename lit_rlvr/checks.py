@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 
 from lit_rlvr.engines import InProcessEngine
+from lit_rlvr.fsdp1 import FSDP1Strategy
 from lit_rlvr.near import did_you_mean
 
 if TYPE_CHECKING:
@@ -65,13 +66,13 @@ def check_trainer(module: RLVRModule, trainer: pl.Trainer) -> None:
         ValueError: Saying what to change.
     """
     _ = module.data  # refuses another data module, or none
-    if isinstance(trainer.strategy, FSDPStrategy):
+    if isinstance(trainer.strategy, FSDP1Strategy):
+        check_first_fsdp(module)
+    elif isinstance(trainer.strategy, FSDPStrategy):
         raise ValueError(
-            "trainer.strategy fsdp is PyTorch's first FSDP, in which backward passes inside a step fail; use --config "
-            "configs/strategy/fsdp.yaml, which is its successor"
+            "trainer.strategy fsdp would wrap the whole module, in which backward passes inside a step fail; use "
+            "--config configs/strategy/fsdp.yaml, or fsdp1.yaml for the same FSDP with the policy as its root"
         )
-    if module.critic_settings is not None and isinstance(trainer.strategy, ModelParallelStrategy):
-        raise ValueError("a critic is not sharded, so it needs --config configs/strategy/ddp.yaml or a single device")
     if module.critic_settings is not None and trainer.gradient_clip_algorithm == "value":
         raise ValueError("policy and critic are clipped apart, by norm; trainer.gradient_clip_algorithm must be norm")
     if trainer.accumulate_grad_batches != 1:
@@ -85,6 +86,19 @@ def check_trainer(module: RLVRModule, trainer: pl.Trainer) -> None:
         raise ValueError("trainer.precision 16 needs loss scaling, which the loop does not support; use bf16")
     if module.dtype_name == "float64" and "bf16" in str(trainer.precision):
         raise ValueError(f"dtype float64 and trainer.precision {trainer.precision} contradict each other")
+
+
+def check_first_fsdp(module: RLVRModule) -> None:
+    """Refuse what PyTorch's first FSDP cannot do.
+
+    Raises:
+        ValueError: Saying what to change.
+    """
+    successor = "under PyTorch's first FSDP; use --config configs/strategy/fsdp.yaml, which is its successor"
+    if module.lora is not None:
+        raise ValueError(f"model.lora does not work {successor}")
+    if not isinstance(module.engine, InProcessEngine):
+        raise ValueError(f"weights cannot be handed to {type(module.engine).__name__} {successor}")
 
 
 def check_chain(module: RLVRModule) -> None:

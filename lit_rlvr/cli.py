@@ -42,6 +42,7 @@ from lit_rlvr.gae import GAE as GAE  # noqa: E402  # imported so that YAML may u
 from lit_rlvr.losses import PolicyLoss  # noqa: E402
 from lit_rlvr.module import RLVRModule  # noqa: E402
 from lit_rlvr.nulls import nulls  # noqa: E402
+from lit_rlvr.preemption import Preemption  # noqa: E402
 from lit_rlvr.progress import RLVRProgress  # noqa: E402
 from lit_rlvr.report import Report  # noqa: E402
 from lit_rlvr.rewards import Reward  # noqa: E402
@@ -65,6 +66,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 STANDARD_CALLBACKS = (RLVRProgress, RolloutPages, SavePolicy, RunRecord, Report)
 """In every ``fit`` of the command line; one of the same class in the configuration takes its place."""
+CHECKPOINT_CALLBACKS = (Preemption, PhaseCheckpoint)
+"""In every ``fit`` with checkpoints, before the others: a signal may come while they evaluate."""
 
 
 NAMEABLE = (
@@ -177,10 +180,8 @@ class CLI(LightningCLI):
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         if self.subcommand == "fit":
-            standard = [
-                *STANDARD_CALLBACKS,
-                *([PhaseCheckpoint] if config.get("enable_checkpointing") is not False else []),
-            ]
+            saving = CHECKPOINT_CALLBACKS if config.get("enable_checkpointing") is not False else ()
+            standard = (*saving, *STANDARD_CALLBACKS)
             given = given + [cls() for cls in standard if not any(isinstance(c, cls) for c in given)]
         elif not any(isinstance(c, RLVRProgress) for c in given):
             given = [*given, RLVRProgress()]

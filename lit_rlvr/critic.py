@@ -68,26 +68,39 @@ class ValueModel(nn.Module):
         dtype: Dtype of the body; the head is float32, or float64 for a float64 body.
         gradient_checkpointing: Recompute activations in the backward pass.
         layout: How rows are laid out for it, as for a policy.
+        empty: On the meta device, without weights: for a strategy that fills it in.
     """
 
     def __init__(
-        self, path: str, dtype: str, *, gradient_checkpointing: bool = False, layout: Layout | None = "padded"
+        self,
+        path: str,
+        dtype: str,
+        *,
+        gradient_checkpointing: bool = False,
+        layout: Layout | None = "padded",
+        empty: bool = False,
     ) -> None:
         super().__init__()
-        policy = load_policy(path, dtype, gradient_checkpointing=gradient_checkpointing, layout=layout)
+        policy = load_policy(path, dtype, gradient_checkpointing=gradient_checkpointing, layout=layout, empty=empty)
         hf, self.layout = policy.hf, policy.layout
         self.body: Any = hf.base_model
         size = hf.config.get_text_config().hidden_size
-        self.head = nn.Linear(size, 1, dtype=torch.float64 if dtype == "float64" else torch.float32)
+        wide = torch.float64 if dtype == "float64" else torch.float32
+        self.head = nn.Linear(size, 1, dtype=wide, device="meta" if empty else None)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    @property
+    def hf(self) -> Any:
+        """The Hugging Face model, as of a policy."""
+        return self.body
 
     def forward(self, ids: Tensor, index: Tensor, pack: Pack | None = None) -> Tensor:
         """Values [M] of the states at the flat places ``index`` [M] of ``ids`` [N, S], or of a pack [1, S]."""
         hidden = hidden_states(self.body, ids, pack)
         with torch.autocast(ids.device.type, enabled=False):
             values: Tensor = self.head(hidden.flatten(0, 1)[index].to(self.head.weight.dtype)).squeeze(-1)
-        return values
+        return values.clone()  # FSDP2 warns of views
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from lit_rlvr.facts import Cluster, Facts
 from lit_rlvr.lora import adapter_parameters
 from lit_rlvr.memory import Memory, estimate
 from lit_rlvr.settings import Batch
-from lit_rlvr.sharding import compute_precision
+from lit_rlvr.sharding import FSDP2Strategy, compute_precision
 
 
 def explain(
@@ -220,7 +220,7 @@ def memory_of(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, Any]
         gradient_checkpointing=module.gradient_checkpointing,
         parameters_on_device=1 / cluster.devices if cluster.sharded else 1.0,
         critic=facts.critic,
-        gathered_dtype=getattr(asked.get("strategy"), "param_dtype", None),
+        gathered_dtype=asked["strategy"].param_dtype if isinstance(asked.get("strategy"), FSDP2Strategy) else None,
         adapters=None if module.lora is None else adapter_parameters(facts.config, module.lora),
     )
 

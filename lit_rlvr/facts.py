@@ -9,7 +9,7 @@ from typing import Any
 from lit_rlvr.architectures import model_config
 from lit_rlvr.tasks.readers import UnreachableError
 
-SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "FSDP2Strategy")
+SHARDED = ("FSDPStrategy", "FSDP1Strategy", "ModelParallelStrategy", "FSDP2Strategy")
 
 
 @dataclass(frozen=True)

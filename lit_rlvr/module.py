@@ -12,6 +12,7 @@ with both sums over a whole mini-batch and all ranks. :meth:`RLVRModule.training
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoTokenizer
 
 from lit_rlvr.advantages import Advantage, GroupNormalized
@@ -47,7 +48,7 @@ from lit_rlvr.reduce import Reduce, default_reduce
 from lit_rlvr.refine import of_mini_batch
 from lit_rlvr.settings import Batch, Evaluation
 from lit_rlvr.shaping import DynamicSampling, OverlongPenalty
-from lit_rlvr.sharding import load_sharded, whole_weights
+from lit_rlvr.sharding import open_model, whole_weights
 
 log = logging.getLogger(__name__)
 
@@ -251,27 +252,21 @@ class RLVRModule(EvaluationSteps):
             reference = self.open_policy(self.reference_path or self.model)
             object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
         if self.critic_settings is not None:
-            start = resolve_model(self.critic_settings.model or self.model)
-            self.critic = ValueModel(
-                start,
-                self.dtype_name,
-                gradient_checkpointing=self.gradient_checkpointing,
-                layout=self.batch.layout,
-            )
+            start = self.critic_settings.model or self.model
+            self.critic = self.open_policy(start, ValueModel, gradient_checkpointing=self.gradient_checkpointing)
 
-    def open_policy(self, model: str, **options: Any) -> Policy:
-        """Load a policy in the way of this run's strategy: whole, or spread over the devices; every rank calls it."""
-        path = resolve_model(model)
+    def open_policy(self, model: str, load: Callable[..., Any] = load_policy, **options: Any) -> Any:
+        """Load a policy or critic in the way of this run's strategy, whole or spread over the devices.
+
+        Every rank calls it.
+        """
+        strategy = None if self._trainer is None else self.trainer.strategy
         options["layout"] = self.batch.layout
-        if self.device_mesh is None:
-            return load_policy(path, self.dtype_name, **options)
-        strategy = self.trainer.strategy
-        assert isinstance(strategy, ModelParallelStrategy)
-        return load_sharded(path, self.dtype_name, strategy, **options)
+        return open_model(load, resolve_model(model), self.dtype_name, strategy, **options)
 
-    def place(self, policy: Policy) -> Policy:
+    def place(self, policy: Any) -> Any:
         """Move a policy that Lightning does not know to this rank's device; a sharded one is there."""
-        return policy.to(self.device) if self.device_mesh is None else policy
+        return policy.to(self.device) if self.device_mesh is None and isinstance(policy, Policy) else policy
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(parameter_groups(self.policy, self.critic, self.critic_settings))
@@ -289,7 +284,12 @@ class RLVRModule(EvaluationSteps):
             self.place(self.reference)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._metrics |= gradient_norms(optimizer)
+        self._metrics |= gradient_norms(optimizer, self.pieces)
+
+    @property
+    def pieces(self) -> Reduce | None:
+        """What adds over ranks where gradients are plain tensors that hold this rank's pieces; else None."""
+        return self.reduce if isinstance(self.policy, FullyShardedDataParallel) else None
 
     def configure_gradient_clipping(
         self,
@@ -298,10 +298,10 @@ class RLVRModule(EvaluationSteps):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip policy and critic apart: the critic's gradients are of another size, and would shrink the policy's."""
-        if self.critic is None:
+        if (self.critic is None and self.pieces is None) or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            clip_apart(optimizer, gradient_clip_val)
+            clip_apart(optimizer, gradient_clip_val, self.pieces)
 
     def on_train_batch_end(self, outputs: Any, batch: Ticket, batch_idx: int) -> None:
         if batch.minibatch == self.batch.steps_per_phase - 1:
@@ -325,5 +325,7 @@ class RLVRModule(EvaluationSteps):
         whole = whole_weights(self.policy, trained_only=self.lora is not None)
         weights = {name.removeprefix("hf."): value for name, value in whole.items()}
         if self.trainer.is_global_zero:
-            save_model(self.policy.hf, self.tokenizer, path, weights)
+            wrapped = isinstance(self.policy, FullyShardedDataParallel)  # and so are its layers
+            shell = load_policy(resolve_model(self.model), self.dtype_name, empty=True) if wrapped else self.policy
+            save_model(shell.hf, self.tokenizer, path, weights)
         return path

@@ -7,7 +7,7 @@ device ever holds a whole gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -18,12 +18,15 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
+    FullyShardedDataParallel,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
 
+from lit_rlvr import fsdp1
+from lit_rlvr.fsdp1 import FSDP1Strategy
 from lit_rlvr.policy import DTYPES, Policy, load_policy
 
 
@@ -63,15 +66,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def model_to_device(self) -> None:
-        """Move what Lightning would move, apart from an offloaded policy."""
+        """Move what Lightning would move, apart from an offloaded policy and critic."""
         module: Any = self.lightning_module
-        policy = module.policy if self.cpu_offload else None
-        if policy is None:
+        if not self.cpu_offload:
             super().model_to_device()
             return
-        module.policy = None
+        offloaded = module.policy, module.critic
+        module.policy = module.critic = None
         super().model_to_device()
-        module.policy = policy
+        module.policy, module.critic = offloaded
 
     def _get_process_group_backend(self) -> str:
         if self._process_group_backend is None and self.cpu_offload and self.root_device.type == "cuda":
@@ -81,12 +84,30 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 def compute_precision(strategy: Strategy | str | None, dtype: str, precision: str) -> str:
     """The Trainer's ``precision``, or what the weights' dtype makes of it: ``bf16-true`` for bfloat16 weights."""
-    narrowed = isinstance(strategy, FSDP2Strategy) and strategy.param_dtype == "bfloat16"
+    narrowed = isinstance(strategy, FSDP2Strategy | FSDP1Strategy) and strategy.param_dtype == "bfloat16"
     return "bf16-true" if narrowed or dtype == "bfloat16" else precision
 
 
-def load_sharded(path: str, dtype: str, strategy: ModelParallelStrategy, **options: Any) -> Policy:
-    """Load a policy that is spread over the strategy's devices; every rank calls it.
+def open_model(load: Callable[..., Any], path: str, dtype: str, strategy: Strategy | None, **options: Any) -> Any:
+    """Load a policy or a critic in the way of a strategy: whole, or spread over its devices; every rank calls it.
+
+    Args:
+        load: ``load_policy`` or ``ValueModel``.
+        path: Model folder or name.
+        dtype: Dtype of the weights.
+        strategy: The run's strategy, whose process group is running; None: there is no run.
+        options: More arguments of ``load``.
+    """
+    if isinstance(strategy, ModelParallelStrategy):
+        return load_sharded(path, dtype, strategy, load, **options)
+    model = load(path, dtype, **options)
+    return fsdp1.wrap(model, strategy) if isinstance(strategy, FSDP1Strategy) else model
+
+
+def load_sharded(
+    path: str, dtype: str, strategy: ModelParallelStrategy, load: Callable[..., Any] = load_policy, **options: Any
+) -> Any:
+    """Load a policy or a critic that is spread over the strategy's devices by FSDP2; every rank calls it.
 
     The first rank reads and checks the weights, on the CPU; the others are given their parts.
 
@@ -94,35 +115,37 @@ def load_sharded(path: str, dtype: str, strategy: ModelParallelStrategy, **optio
         path: Model folder or name.
         dtype: Dtype of the weights.
         strategy: A strategy whose process group is running.
-        options: More arguments of :func:`~lit_rlvr.policy.load_policy`.
+        load: ``load_policy`` or ``ValueModel``.
+        options: More arguments of ``load``.
 
     Raises:
         ValueError: On every rank, when the first cannot load the model.
     """
-    full: Policy | None = None
+    full: nn.Module | None = None
     facts: dict[str, Any] = {}
     if strategy.global_rank == 0:
         try:
-            full = load_policy(path, dtype, **options)
+            full = load(path, dtype, **options)
             facts = {"buffers": dict(full.named_buffers())}
         except Exception as error:  # whatever it is, the others are waiting to hear of it
             facts = {"error": str(error) or type(error).__name__}
     facts = strategy.broadcast(facts)
     if "error" in facts:
         raise ValueError(f"{path} cannot be loaded: {facts['error']}")
-    policy = load_policy(path, dtype, empty=True, **options)
+    model = load(path, dtype, empty=True, **options)
     offload = isinstance(strategy, FSDP2Strategy) and strategy.cpu_offload
-    shard(policy, strategy)
-    policy.to_empty(device="cpu" if offload else strategy.root_device)
-    policy.placed = strategy.root_device if offload else None
+    shard(model, strategy)
+    model.to_empty(device="cpu" if offload else strategy.root_device)
+    if isinstance(model, Policy):
+        model.placed = strategy.root_device if offload else None
     whole = {} if full is None else full.state_dict()
-    set_model_state_dict(policy, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    _set_buffers(policy, facts["buffers"], strategy.root_device)
-    return policy
+    set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    _set_buffers(model, facts["buffers"], strategy.root_device)
+    return model
 
 
-def shard(policy: Policy, strategy: ModelParallelStrategy) -> None:
-    """Apply ``fully_shard`` to the decoder layers and then to the policy.
+def shard(model: Any, strategy: ModelParallelStrategy) -> None:
+    """Apply ``fully_shard`` to the decoder layers and then to the policy or critic, of which the head comes apart.
 
     Inputs are not cast: with bfloat16 weights, FSDP2 would round every float that is given to ``forward``, old
     log-probabilities and advantages included.
@@ -130,17 +153,17 @@ def shard(policy: Policy, strategy: ModelParallelStrategy) -> None:
     Raises:
         ValueError: When the model does not name its decoder layers.
     """
-    names = set(policy.hf._no_split_modules or [])
-    layers = [module for module in policy.modules() if type(module).__name__ in names]
+    names = set(model.hf._no_split_modules or [])
+    layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
-        raise ValueError(f"{type(policy.hf).__name__} does not name its decoder layers, so it cannot be sharded")
+        raise ValueError(f"{type(model.hf).__name__} does not name its decoder layers, so it cannot be sharded")
     options: dict[str, Any] = {
         "mesh": strategy.device_mesh["data_parallel"],
         "reshard_after_forward": True,
         "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
     }
     if isinstance(strategy, FSDP2Strategy):
-        own = policy.hf.dtype
+        own = model.hf.dtype
         narrow = DTYPES[strategy.param_dtype] if strategy.param_dtype else own
         if own == torch.float64 and narrow != own:
             raise ValueError(f"model.dtype float64 and param_dtype {strategy.param_dtype} contradict each other")
@@ -150,15 +173,18 @@ def shard(policy: Policy, strategy: ModelParallelStrategy) -> None:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=pin) if strategy.cpu_offload else OffloadPolicy()
     for layer in layers:
         fully_shard(layer, **options)
-    fully_shard(policy, **options)
-    register_fsdp_forward_method(policy, "next_logits")
+    if not isinstance(model, Policy):  # a critic's head has its own dtype, and computes in it
+        fully_shard(model.head, **{**options, "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
+    fully_shard(model, **options)
+    if isinstance(model, Policy):
+        register_fsdp_forward_method(model, "next_logits")
 
 
-def _set_buffers(policy: Policy, buffers: dict[str, Tensor], device: torch.device) -> None:
-    """Give a policy that was made without weights its buffers; rotary frequencies are in no state dict."""
+def _set_buffers(model: nn.Module, buffers: dict[str, Tensor], device: torch.device) -> None:
+    """Give a model that was made without weights its buffers; rotary frequencies are in no state dict."""
     for name, value in buffers.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(policy.get_submodule(owner), leaf, value.to(device))
+        setattr(model.get_submodule(owner), leaf, value.to(device))
 
 
 @contextmanager
@@ -167,6 +193,10 @@ def gathered(policy: nn.Module) -> Iterator[None]:
 
     Ranks may then run different numbers of forward passes. For a policy that is not sharded it does nothing.
     """
+    if isinstance(policy, FullyShardedDataParallel):
+        with fsdp1.gathered(policy):
+            yield
+        return
     parts = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -181,6 +211,8 @@ def gathered(policy: nn.Module) -> Iterator[None]:
 
 def whole_weights(policy: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
     """The state dict with whole tensors on the CPU; every rank calls it, of a sharded policy only the first has it."""
+    if isinstance(policy, FullyShardedDataParallel):
+        return fsdp1.whole_weights(policy)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     weights: dict[str, Any] = get_model_state_dict(policy, options=options)
     return weights

@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_rlvr import Batch, RLVRDataModule
+from lit_rlvr.critic import Critic
 from lit_rlvr.engines import Generation, InProcessEngine, Sampling
+from lit_rlvr.fsdp1 import FSDP1Strategy
+from lit_rlvr.gae import GAE
 from lit_rlvr.kl import KLPenalty
 from lit_rlvr.lora import LoRA
 from lit_rlvr.models import resolve_model
@@ -43,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kl": {"kl": KLPenalty(beta=0.5)},
     "dynamic": {"dynamic_sampling": DynamicSampling(3)},
     "ragged": {"batch": Batch(prompts=3, responses=4, minibatch_prompts=1, micro_tokens=40)},
+    "ppo": {"advantage": GAE(), "critic": Critic(lr=1e-2), "kl": KLPenalty(beta=0.5, where="reward")},
     "steps": {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0)},
     "bfloat16": {"dtype": "float32"},
 }
@@ -50,6 +54,11 @@ if find_spec("peft") is not None:
     CASES["lora"] = {"lora": LoRA(), "kl": KLPenalty(beta=0.5)}
 """In ``ragged`` every mini-batch has one prompt, so one of two ranks has nothing to learn from; in ``steps`` callbacks
 act in every optimiser step, and these are large."""
+
+
+def cases(strategy: str) -> list[str]:
+    """What a strategy can do."""
+    return [case for case in CASES if not (strategy == "fsdp1" and case == "lora")]
 
 
 class Traffic(TorchDispatchMode):
@@ -89,6 +98,10 @@ class FixedEngine(InProcessEngine):
 STRATEGIES: dict[str, Callable[[str], Any]] = {
     "ddp": lambda case: "ddp",
     "fsdp": lambda case: FSDP2Strategy(param_dtype="bfloat16" if case == "bfloat16" else None),
+    "fsdp1": lambda case: FSDP1Strategy(
+        param_dtype="bfloat16" if case == "bfloat16" else None,
+        sharding_strategy="SHARD_GRAD_OP" if case == "kl" else "FULL_SHARD",
+    ),
 }
 
 
@@ -126,7 +139,7 @@ def main(folder: Path, strategies: list[str]) -> None:
     """Run every case under ``strategies`` and write what each rank recorded."""
     torch.set_num_threads(1)
     for strategy in strategies:
-        for case in CASES:
+        for case in cases(strategy):
             decodes = Decodes()
             gradients, metrics, weights, _ = run(case, STRATEGIES[strategy](case), 2, decodes)
             path = folder / f"{strategy}_{case}_{torch.distributed.get_rank()}.pt"

@@ -14,6 +14,9 @@ from runs import EvenTask, Recorder, tiny_module, tiny_trainer
 
 from lit_rlvr import RLVRDataModule
 from lit_rlvr.checkpoint import PhaseCheckpoint
+from lit_rlvr.critic import Critic
+from lit_rlvr.fsdp1 import FSDP1Strategy
+from lit_rlvr.gae import GAE
 from lit_rlvr.kl import KLPenalty
 from lit_rlvr.lora import LoRA
 from lit_rlvr.saving import SavePolicy
@@ -21,7 +24,11 @@ from lit_rlvr.shaping import DynamicSampling
 from lit_rlvr.sharding import FSDP2Strategy
 
 HALF, WHOLE = 4, 8
-KINDS = ["shards", "file", *(["lora"] if find_spec("peft") else [])]
+PPO: dict[str, Any] = {"advantage": GAE(), "critic": Critic(lr=1e-2), "dynamic_sampling": None}
+KINDS: dict[str, dict[str, Any]] = {"shards": {}, "file": {}, "critic": PPO, "fsdp1": PPO}
+"""What each kind of run has besides."""
+if find_spec("peft"):
+    KINDS["lora"] = {"lora": LoRA()}
 
 
 def fit(folder: Path, steps: int, strategy: Any, devices: int, resume: Path | None = None, **more: Any) -> Recorder:
@@ -38,11 +45,12 @@ def fit(folder: Path, steps: int, strategy: Any, devices: int, resume: Path | No
 
 
 def main(folder: Path) -> None:
-    """For shards, for one file, and for shards with adapters: run to the end, run to the middle, go on from there."""
+    """For every kind: run to the end, run to the middle, go on from there."""
     torch.set_num_threads(1)
-    for kind in KINDS:
-        strategy = lambda: FSDP2Strategy(save_distributed_checkpoint=kind != "file")  # noqa: B023, E731
-        more = {"lora": LoRA()} if kind == "lora" else {}
+    for kind, more in KINDS.items():
+        strategy: Any = lambda: FSDP2Strategy(save_distributed_checkpoint=kind != "file")  # noqa: B023, E731
+        if kind == "fsdp1":
+            strategy = FSDP1Strategy
         whole = fit(folder / kind / "whole", WHOLE, strategy(), 2, **more)
         fit(folder / kind / "half", HALF, strategy(), 2, **more)
         middle = folder / kind / "half" / "last.ckpt"

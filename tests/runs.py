@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from lit_rlvr import Batch, RLVRDataModule, RLVRModule, Sampling
@@ -39,6 +42,20 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
+@contextmanager
+def learning(module: Any, **options: Any) -> Iterator[list[tuple[str, Any]]]:
+    """The parameters of policy and critic by name; of the first FSDP gathered, with ``options``."""
+    models = {"": module.policy, "critic.": module.critic}
+    with ExitStack() as stack:
+        for model in models.values():
+            if isinstance(model, FullyShardedDataParallel):
+                stack.enter_context(FullyShardedDataParallel.summon_full_params(model, writeback=False, **options))
+        named = [
+            (prefix + name, p) for prefix, m in models.items() if m is not None for name, p in m.named_parameters()
+        ]
+        yield [(name.replace("_fsdp_wrapped_module.", ""), parameter) for name, parameter in named]
+
+
 class Recorder(Callback):
     """Keeps every step's gradient and metrics, and the last weights."""
 
@@ -48,14 +65,15 @@ class Recorder(Callback):
         self.weights: dict[str, Tensor] = {}
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
-        named = pl_module.policy.named_parameters()
-        self.gradients.append({name: whole(p.grad) for name, p in named if p.grad is not None})
+        with learning(pl_module, with_grads=True) as named:
+            self.gradients.append({name: whole(p.grad) for name, p in named if p.grad is not None})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         self.metrics.append(dict(pl_module.step_metrics))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.weights = {name: whole(p) for name, p in pl_module.policy.named_parameters()}
+        with learning(pl_module) as named:
+            self.weights = {name: whole(p) for name, p in named}
 
 
 def tiny_module(**options: Any) -> RLVRModule:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_rlvr.checkpoint import check_resumable
 from lit_rlvr.export import export
+from lit_rlvr.fsdp1 import FSDP1Strategy
 from lit_rlvr.lora import LoRA
 from lit_rlvr.policy import load_policy
 from lit_rlvr.sharding import FSDP2Strategy
@@ -48,19 +49,26 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("kind", "strategy"), [("shards", FSDP2Strategy()), ("file", FSDP2Strategy()), ("file", "auto")]
-)
+    ("kind", "strategy"),
+    [
+        ("shards", FSDP2Strategy()), ("file", FSDP2Strategy()), ("file", "auto"), ("critic", FSDP2Strategy()),
+        ("fsdp1", FSDP2Strategy()),
+    ],
+)  # fmt: skip
 def test_one_process_goes_on_from_two(kind: str, strategy: Any, trained: Path, tmp_path: Path, no_group: None) -> None:
-    """To the weights of the run that stayed on two; a single file does not even need FSDP2."""
+    """To the weights of the run that stayed on two; a single file does not even need FSDP2.
+
+    What the first FSDP wrote is the same folder, so FSDP2 reads it.
+    """
     middle = trained / kind / "half" / "last.ckpt"
-    resumed = fit(tmp_path, WHOLE, strategy, 1, middle)
+    resumed = fit(tmp_path, WHOLE, strategy, 1, middle, **KINDS[kind])
     assert len(resumed.metrics) == WHOLE - HALF
     close(resumed.weights, torch.load(trained / kind / "weights_0.pt"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", ["shards", "file"])
+@pytest.mark.parametrize("kind", ["shards", "file", "fsdp1"])
 def test_export_is_the_policy_at_the_end(kind: str, trained: Path, tmp_path: Path) -> None:
     """Bit for bit what rank 0 saved at the end of training, and what one process saves up to its rounding."""
     outcome = cli(tmp_path, "export", str(trained / kind / "whole" / "last.ckpt"), str(tmp_path / "out"))
@@ -69,7 +77,7 @@ def test_export_is_the_policy_at_the_end(kind: str, trained: Path, tmp_path: Pat
     assert {p.name for p in saved.iterdir()} == {p.name for p in (tmp_path / "out").iterdir()}
     for name in ("model.safetensors", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (saved / name).read_bytes(), name
-    fit(tmp_path / "one", WHOLE, "auto", 1)
+    fit(tmp_path / "one", WHOLE, "auto", 1, **KINDS[kind])
     close(saved_weights(tmp_path / "out"), saved_weights(tmp_path / "one" / "policy"))
     export(tmp_path / "one" / "last.ckpt", tmp_path / "again")
     for name in ("model.safetensors", "config.json", "generation_config.json"):
@@ -113,10 +121,14 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_need_a_sharded_strategy(tmp_path: Path) -> None:
+def test_checkpoint_and_strategy_go_together(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "file.ckpt")
+    with pytest.raises(ValueError, match=r"single file.*first FSDP resumes from folders of shards"):
+        check_resumable(tmp_path / "file.ckpt", FSDP1Strategy())
     (tmp_path / "shards.ckpt").mkdir()
     (tmp_path / "shards.ckpt" / "meta.pt").touch()
-    check_resumable(tmp_path / "shards.ckpt", FSDP2Strategy())
+    for strategy in (FSDP2Strategy(), FSDP1Strategy()):
+        check_resumable(tmp_path / "shards.ckpt", strategy)
     with pytest.raises(ValueError, match=r"folder of shards.*fsdp.yaml.*lit-rlvr export"):
         check_resumable(tmp_path / "shards.ckpt", tiny_trainer(1, []).strategy)
     shutil.rmtree(tmp_path / "shards.ckpt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import signal
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ _task: Task | None = None
 def _start_worker(task: Task) -> None:
     global _task
     _task = task
+    if hasattr(signal, "SIGUSR1"):  # a scheduler's warning, which goes to all processes and would end this one
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _score_in_worker(prompt: Prompt, response: str) -> Score | str:
