@@ -55,6 +55,8 @@ def check_algorithm(module: RLVRModule) -> None:
             f"adapters are not pushed to {type(module.engine).__name__}; with model.lora leave model.engine null, or "
             "train all weights"
         )
+    if module.ahead is not None:
+        module.engine.check_overlap()
     if module.reference_path is not None and module.kl is None:
         raise ValueError("a reference model is given, but nothing uses it: kl is null")
 
@@ -122,6 +124,11 @@ def check_chain(module: RLVRModule) -> None:
         raise ValueError(
             f"{type(module.loss).__name__} has one ratio and one gradient per response, so {choosing[0]} cannot treat "
             "its tokens apart; use level: token"
+        )
+    if module.ahead is not None and not any(c.corrects_engine and c.stages is None for c in module.chain):
+        raise ValueError(
+            "model.overlap trains on responses of older weights, which the callback TruncatedImportance corrects for; "
+            "add it for all stages, as in --config configs/callbacks/truncated_importance.yaml"
         )
     for callback in module.chain:
         callback.check(module)

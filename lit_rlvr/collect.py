@@ -28,6 +28,25 @@ SUMMED = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Responses:
+    """What an engine sampled for a round's prompts.
+
+    Args:
+        prompts: The prompts that this rank asked for.
+        uid: (phase, draw, sample) of every response [B, 3].
+        out: The responses.
+        seconds: What sampling took.
+        lag: Optimiser steps since the weights that they were sampled with.
+    """
+
+    prompts: Sequence[EncodedPrompt]
+    uid: Tensor
+    out: Generation
+    seconds: float
+    lag: int = 0
+
+
 @dataclass
 class Tally:
     """What happened while sampling, summed over the rounds of a phase on this rank."""
@@ -114,6 +133,7 @@ class Collector:
         wanted: int,
         phase: int,
         reduce: Reduce,
+        first: Responses | None = None,
     ) -> tuple[RolloutBatch, Tally]:
         """Sample this rank's share of a phase.
 
@@ -123,6 +143,7 @@ class Collector:
             wanted: Usable groups to aim for, over all ranks.
             phase: Number of the rollout phase.
             reduce: Counts the usable groups.
+            first: This rank's responses of the first round, if they have been sampled ahead.
 
         Returns:
             The usable groups that this rank sampled (on the CPU), and what happened.
@@ -131,10 +152,14 @@ class Collector:
         drawn = usable = 0
         while usable < wanted and tally.rounds < (self.filter.max_rounds if self.filter else 1):
             prompts = draw(self._ask(wanted - usable, usable, drawn, wanted))
-            mine = [(drawn + i, p) for i, p in enumerate(prompts) if (drawn + i) % reduce.world_size == reduce.rank]
+            mine, draws = self.share(prompts, drawn, reduce)
             drawn += len(prompts)
             tally.rounds += 1
-            rollout = self.sample(policy, [p for _, p in mine], [d for d, _ in mine], phase, tally)
+            if first is None:
+                rollout = self.verify(self.ask(policy, mine, draws, phase), tally)
+            else:
+                assert first.prompts == mine, "prompts that were looked at are those that are drawn next"
+                rollout, first = self.verify(first, tally), None
             if self.filter is not None:
                 rollout = rollout.rows(self.filter.mixed(rollout.correct, rollout.group).nonzero().squeeze(-1))
             kept.append(rollout)
@@ -154,22 +179,33 @@ class Collector:
             return wanted
         return min(wanted, -(-missing * drawn // max(usable, 1)))
 
-    def sample(
-        self, policy: Policy, prompts: Sequence[EncodedPrompt], draws: Sequence[int], phase: int, tally: Tally
-    ) -> RolloutBatch:
-        """Sample and verify the groups of ``prompts``, which are the phase's ``draws``."""
-        n = self.samples
-        uid = torch.tensor([(phase, d, s) for d in draws for s in range(n)], dtype=torch.int64).view(-1, 3)
+    def share(
+        self, prompts: Sequence[EncodedPrompt], drawn: int, reduce: Reduce
+    ) -> tuple[list[EncodedPrompt], list[int]]:
+        """Which of ``prompts``, drawn after ``drawn`` others of the phase, are this rank's, and their draws."""
+        draws = [d for d in range(drawn, drawn + len(prompts)) if d % reduce.world_size == reduce.rank]
+        return [prompts[d - drawn] for d in draws], draws
+
+    def ask(self, policy: Policy, prompts: Sequence[EncodedPrompt], draws: Sequence[int], phase: int) -> Responses:
+        """Have the engine sample the groups of ``prompts``, which are the phase's ``draws``."""
+        rows = [(phase, d, s) for d in draws for s in range(self.samples)]
+        uid = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
         started = time.perf_counter()
         out = self.engine.generate(policy, self.tokenizer, [p.tokens for p in prompts], uid, self.sampling, self.seed)
-        tally.seconds["generate"] += time.perf_counter() - started
+        return Responses(prompts, uid, out, time.perf_counter() - started)
+
+    def verify(self, responses: Responses, tally: Tally) -> RolloutBatch:
+        """Score responses, and put the facts together."""
+        n, prompts, out = self.samples, responses.prompts, responses.out
+        tally.seconds["generate"] += responses.seconds
+        tally.sums["lag"] += responses.lag * len(responses.uid)
         tally.entropies = out.entropies is not None
         each = tuple(p.prompt for p in prompts for _ in range(n))
         texts = decode(self.tokenizer, out)
         started = time.perf_counter()
         verdicts = self.verifier(each, texts)
         tally.seconds["verify"] += time.perf_counter() - started
-        rollout = to_rollout(prompts, n, uid, out, verdicts.scores, texts)
+        rollout = to_rollout(prompts, n, responses.uid, out, verdicts.scores, texts)
         tally.add(rollout, verdicts.failures.total(), verdicts.scores)
         return rollout
 

@@ -85,7 +85,7 @@ class CreditContext:
 class CreditCallback(Callback):
     """Base class of all credit callbacks; each method's default changes nothing.
 
-    Four attributes say what the loop must do for a callback; set them on the class or in ``__init__``:
+    Five attributes say what the loop must do for a callback; set them on the class or in ``__init__``:
 
     * ``scope``: what :meth:`assign` is called on. Below ``phase`` every optimiser step calls it; ``micro_batch`` needs
       ``batch.micro_rows``, because what it decides depends on which responses share a forward pass.
@@ -93,6 +93,8 @@ class CreditCallback(Callback):
     * ``own_denominator``: on a micro-batch, divide by the micro-batch's own count times its share of the sequences,
       because :meth:`assign` changes ``count`` there.
     * ``token_level``: tokens of one response may get different credit, which a sequence-level loss cannot honour.
+    * ``corrects_engine``: weighs tokens by the training model's probability over the engine's, so that the engine's
+      weights may be older ones.
 
     Args:
         stages: Act only in these stages (``rising``, ``plateau``); null: always. Needs a stage detector in the list.
@@ -106,6 +108,7 @@ class CreditCallback(Callback):
     reads_current: bool = False
     own_denominator: bool = False
     token_level: bool = True
+    corrects_engine: bool = False
 
     def __init__(self, stages: list[str] | None = None, name: str | None = None) -> None:
         super().__init__()

@@ -237,6 +237,13 @@ class RLVRDataModule(LightningDataModule):
             self.cursor.position = self._position
         return [prompts[i] for i in self.cursor.draw(count)]
 
+    def peek(self, count: int) -> list[EncodedPrompt]:
+        """The training prompts that :meth:`draw` will give next, which it still does."""
+        prompts = self.draw(count)
+        assert self.cursor is not None
+        self.cursor.position -= count
+        return prompts
+
     def train_dataloader(self) -> TicketLoader:
         batch = self.module.batch
         phases = -(-len(self.encoded("train")) // batch.prompts)

@@ -48,6 +48,8 @@ class Evaluator(torch.nn.Module):
 
     def update(self, module: RLVRModule, prompts: Sequence[EncodedPrompt]) -> None:
         """Evaluate this rank's ``prompts``, which may be none, in every way; every rank calls it."""
+        if module.ahead is not None:
+            module.ahead.wait(module.reduce)
         module.engine.sync(module.policy, module.trainer.global_step, module.reduce)
         for name, evaluation in self.evaluations.items():
             n = evaluation.samples

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -26,6 +27,7 @@ from transformers import AutoTokenizer
 
 from lit_rlvr.advantages import Advantage, GroupNormalized
 from lit_rlvr.aggregation import Aggregation, TokenMean
+from lit_rlvr.ahead import LookAhead
 from lit_rlvr.checkpoint import Hyperparameters, configured_again, hyperparameters
 from lit_rlvr.checks import check_algorithm, check_chain, check_trainer
 from lit_rlvr.collect import Collector
@@ -65,6 +67,8 @@ class RLVRModule(EvaluationSteps):
         batch: Sizes of a rollout phase and of its optimiser steps.
         sampling: How rollouts are drawn. Always from the full distribution.
         engine: What draws them.
+        overlap: Draw the next phase's rollouts while the current phase's are learnt from, with weights that are one
+            phase old: for a vLLM server with devices of its own, together with the callback TruncatedImportance.
         advantage: Base advantage of a response, or with a critic of a token.
         critic: A value model beside the policy, for ``advantage: GAE``; null: none.
         loss: Surrogate objective of a token.
@@ -95,6 +99,7 @@ class RLVRModule(EvaluationSteps):
         batch: Batch = Batch(),
         sampling: Sampling = Sampling(),
         engine: Engine | None = None,
+        overlap: bool = False,
         advantage: Advantage = GroupNormalized(),
         critic: Critic | None = None,
         loss: PolicyLoss = ClippedSurrogate(),
@@ -115,6 +120,7 @@ class RLVRModule(EvaluationSteps):
         self.advantage, self.critic_settings, self.loss, self.aggregation = advantage, critic, loss, aggregation
         self.kl, self.reference_path, self.overlong = kl, reference, overlong
         self.dynamic_sampling, self.optimizer, self.scheduler, self.seed = dynamic_sampling, optimizer, scheduler, seed
+        self.ahead = LookAhead() if overlap else None
         self.base: str | None = None
         self.phase: Phase | None = None
         self.skipped_steps = 0
@@ -237,6 +243,9 @@ class RLVRModule(EvaluationSteps):
             check_chain(self)
             log.info(describe_chain(self.chain))
         self.engine.setup()
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [] if self.ahead is None else [self.ahead]
 
     def teardown(self, stage: str) -> None:
         self.engine.close()

@@ -56,9 +56,15 @@ def run_phase(module: RLVRModule, number: int, reduce: Reduce) -> Phase:
     """Run rollout phase ``number`` of ``module``; every rank calls it."""
     batch, seconds = module.batch, dict[str, float]()
     started = time.perf_counter()
+    first = None
+    if module.ahead is not None:
+        module.ahead.wait(reduce)
+        first = module.ahead.take(module.trainer.global_step)
     module.engine.sync(module.policy, module.trainer.global_step, reduce)
-    own, tally = module.collector.collect(module.policy, module.data.draw, batch.prompts, number, reduce)
+    own, tally = module.collector.collect(module.policy, module.data.draw, batch.prompts, number, reduce, first)
     module.engine.rest(reduce)
+    if module.ahead is not None:
+        module.ahead.begin(module, number + 1, reduce)
     rollout, owner, surplus = share_groups(own, batch.prompts, batch.minibatches, reduce)
     with _timed(seconds, "time/score_s"):
         rollout, own_old = _score(module, rollout, reduce)
@@ -74,6 +80,8 @@ def run_phase(module: RLVRModule, number: int, reduce: Reduce) -> Phase:
     metrics["rollout/surplus_groups"] = float(surplus)
     metrics["rollout/shaped_reward"] = mean(reduce, rollout.rewards)
     metrics["credit/kept_fraction"] = mean(reduce, (credit.weight > 0)[rollout.response_mask])
+    if module.ahead is not None:
+        metrics |= module.ahead.metrics(tally, reduce)
     metrics["time/phase_s"] = time.perf_counter() - started
     metrics["rollout/tokens_per_s"] = metrics["rollout/tokens"] / max(metrics["time/generate_s"], 1e-9)
     metrics |= by_sign(rollout, base, reduce) if tally.entropies or not own_old else {}

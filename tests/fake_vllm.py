@@ -36,6 +36,7 @@ class FakeVLLM:
         self.asleep = False
         self.busy = False
         self.choices: Any = None
+        self.aborted = threading.Event()
         self.lock = threading.Lock()
         self._loading: dict[str, Tensor] | None = None
         self.version = changed.pop("version", "0.32.0")
@@ -109,6 +110,11 @@ class FakeVLLM:
     def on_wake_up(self, query: Any, body: Any) -> tuple[int, Any]:
         self.asleep = False
         return 200, {"status": "awake"}
+
+    def on_abort_requests(self, query: Any, body: Any) -> tuple[int, Any]:
+        assert body == {}
+        self.aborted.set()
+        return 200, {"status": "aborted", "aborted": 1}
 
     def on_inference_v1_generate(self, query: Any, body: Any) -> tuple[int, Any]:
         if self.asleep:

@@ -14,16 +14,21 @@ from vllm_ranks_run import train_on
 
 
 class Remembers(FakeVLLM):
-    """Keeps the weights of every push."""
+    """Keeps the weights of every push, and for every request how many there had been."""
 
     def __init__(self) -> None:
         super().__init__(22, 64, dtype="torch.float64")
         self.pushes: list[dict[str, Tensor]] = []
+        self.used: list[int] = []
 
     def lit_rlvr_finish(self) -> dict[str, Any]:
         answer = super().lit_rlvr_finish()
         self.pushes.append(self.weights)
         return answer
+
+    def on_inference_v1_generate(self, query: Any, body: Any) -> tuple[int, Any]:
+        self.used.append(len(self.pushes))
+        return super().on_inference_v1_generate(query, body)
 
 
 def pushes(servers: int, run: Any) -> list[Remembers]:
@@ -36,14 +41,15 @@ def pushes(servers: int, run: Any) -> list[Remembers]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_push_what_one_does(strategy: str) -> None:
-    """In every phase, to both servers; each process samples from its own."""
-    (one,) = pushes(1, lambda addresses: train_on("auto", 1, addresses))
-    two = pushes(2, lambda addresses: torchrun("vllm_ranks_run.py", strategy, *addresses))
+@pytest.mark.parametrize(("strategy", "when"), [("ddp", "in turn"), ("fsdp", "in turn"), ("ddp", "overlap")])
+def test_two_processes_push_what_one_does(strategy: str, when: str) -> None:
+    """In every phase, to both servers; each process samples from its own, also while it learns."""
+    (one,) = pushes(1, lambda addresses: train_on("auto", 1, addresses, overlap=when == "overlap"))
+    two = pushes(2, lambda addresses: torchrun("vllm_ranks_run.py", strategy, when, *addresses))
     assert len(one.pushes) == 3
     assert not torch.equal(one.pushes[0]["model.norm.weight"], one.pushes[1]["model.norm.weight"])
     for fake in two:
         assert fake.called("/inference/v1/generate") == one.called("/inference/v1/generate") / 2
+        assert fake.used[::2] == one.used[::4] == ([1, 1, 2] if when == "overlap" else [1, 2, 3])
         # float64 throughout, but sums over rows are taken in another order and facts are kept in float32.
         torch.testing.assert_close(fake.pushes, one.pushes, rtol=1e-5, atol=1e-7)

@@ -6,18 +6,22 @@ import sys
 
 import torch
 from ddp_run import STRATEGIES
+from lightning.pytorch.callbacks import Callback
+from lit_rlvr_callbacks import TruncatedImportance
 from runs import EvenTask, tiny_module, tiny_trainer
 
 from lit_rlvr import Batch, RLVRDataModule
 from lit_rlvr.engines import VLLMServerEngine
 
 
-def train_on(strategy: object, devices: int, addresses: list[str]) -> None:
+def train_on(strategy: object, devices: int, addresses: list[str], overlap: bool = False) -> None:
     """Two optimiser steps per phase; the engine is asked by every rank."""
     module = tiny_module(
-        batch=Batch(4, 4, 2, micro_tokens=60), engine=VLLMServerEngine(addresses), optimizer=step_by_the_gradient
-    )
-    trainer = tiny_trainer(6, [], devices=devices, strategy=strategy, use_distributed_sampler=False)
+        batch=Batch(4, 4, 2, micro_tokens=60), engine=VLLMServerEngine(addresses), optimizer=step_by_the_gradient,
+        overlap=overlap,
+    )  # fmt: skip
+    callbacks: list[Callback] = [TruncatedImportance()] if overlap else []
+    trainer = tiny_trainer(6, callbacks, devices=devices, strategy=strategy, use_distributed_sampler=False)
     trainer.fit(module, datamodule=RLVRDataModule(EvenTask()))
 
 
@@ -28,4 +32,4 @@ def step_by_the_gradient(parameters: object) -> torch.optim.Optimizer:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train_on(STRATEGIES[sys.argv[1]]("plain"), 2, sys.argv[2:])
+    train_on(STRATEGIES[sys.argv[1]]("plain"), 2, sys.argv[3:], overlap=sys.argv[2] == "overlap")

@@ -18,8 +18,9 @@ class TruncatedImportance(CreditCallback):
     """Multiply the weight by min(pi_old / pi_engine, cap), as a constant; the denominator stays.
 
     pi_old is the training model's probability under the policy that the phase began with, and pi_engine what the engine
-    reported for the same token. At ``level: sequence`` the ratio is that of the whole response, the product over its
-    tokens. With ``above: mask`` a ratio above the cap becomes 0 instead of the cap.
+    reported for the same token; with ``model.overlap`` that is a probability under weights that are one phase older. At
+    ``level: sequence`` the ratio is that of the whole response, the product over its tokens. With ``above: mask`` a
+    ratio above the cap becomes 0 instead of the cap.
 
     Source: TIS, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training", with a cap
     of 2; the four combinations are TRL's ``vllm_importance_sampling_mode``, whose cap is 3.
@@ -34,6 +35,8 @@ class TruncatedImportance(CreditCallback):
     Raises:
         ValueError: For a ``cap`` of at most 0, or an unknown word.
     """
+
+    corrects_engine = True
 
     def __init__(
         self,

@@ -130,6 +130,20 @@ class Engine(ABC):
     def rest(self, reduce: Reduce) -> None:  # noqa: B027
         """Sampling is over until the next ``sync``. Every rank calls it, once all have sampled."""
 
+    def check_overlap(self) -> None:
+        """Refuse to sample in a thread while the policy learns.
+
+        Raises:
+            ValueError: Unless :meth:`generate` reads nothing that learning changes.
+        """
+        raise ValueError(
+            f"model.overlap needs an engine with devices of its own, and {type(self).__name__} samples with the policy "
+            "that is learning; use VLLMServerEngine, as in --config configs/engine/vllm_overlap.yaml"
+        )
+
+    def cancel(self) -> None:  # noqa: B027
+        """Have a :meth:`generate` that runs in another thread end soon, with an error. For engines that overlap."""
+
     def metrics(self, reduce: Reduce) -> dict[str, float]:
         """What to log since the last call, the same on every rank. Every rank calls it."""
         return {}

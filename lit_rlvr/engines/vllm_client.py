@@ -189,6 +189,10 @@ class VLLMClient:
             )
         self.ask("POST", "/update_weight_version", json={"new_version": version})
 
+    def abort(self) -> None:
+        """Break off all responses; they end with the reason ``abort``."""
+        self.ask("POST", "/abort_requests", json={})
+
     def sleep(self, level: int) -> None:
         """Give up memory: the cache, and at level 2 the weights too, which level 1 keeps in the host's memory."""
         self.ask("POST", "/sleep", params={"level": level})

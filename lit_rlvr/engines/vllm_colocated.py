@@ -60,6 +60,12 @@ class VLLMColocatedEngine(VLLMEngine):
         self.python, self.options, self.start_seconds = python, list(options or []), start_seconds
         self.process: ServerProcess | None = None
 
+    def check_overlap(self) -> None:
+        raise ValueError(
+            "model.overlap needs servers with devices of their own, and those of VLLMColocatedEngine share them with "
+            "training; start servers with lit-rlvr serve and use VLLMServerEngine"
+        )
+
     def start(self, policy: Policy, reduce: Reduce) -> None:
         """Start this rank's server, and tell the others where it is.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from abc import abstractmethod
@@ -22,6 +23,8 @@ from lit_rlvr.engines.vllm_push import everywhere, on_first_rank, push_weights
 from lit_rlvr.engines.vllm_responses import request, to_generation
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import LocalReduce, Reduce
+
+log = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -63,6 +66,7 @@ class VLLMEngine(Engine):
         self.version: str | None = None
         self._pushed: int | None = None
         self._asleep = False
+        self._cancelled = False
         self._reduce: Reduce = LocalReduce()
         self._seconds = 0.0
 
@@ -89,6 +93,7 @@ class VLLMEngine(Engine):
 
     def sync(self, policy: Policy, version: int, reduce: Reduce) -> None:
         started, self._reduce = time.perf_counter(), reduce
+        self._cancelled = False
         if not self.served:
             self.start(policy, reduce)
         if self._asleep:
@@ -154,6 +159,8 @@ class VLLMEngine(Engine):
         mine = self.share()
 
         def ask(i: int) -> list[dict[str, Any]]:
+            if self._cancelled:
+                raise RuntimeError("sampling was cancelled")
             client, served = mine[i % len(mine)]
             rows = uid[i * samples : (i + 1) * samples]
             choices = client.sample(request(served.model, prompts[i], rows, sampling, seed, ends))
@@ -165,6 +172,14 @@ class VLLMEngine(Engine):
             stack.callback(lambda: [answer.cancel() for answer in asked])  # after a failure, those that wait
             answers = [answer.result() for answer in asked]
         return to_generation([choice for choices in answers for choice in choices])
+
+    def cancel(self) -> None:
+        """Ask for no more, and have this rank's servers break off what they are at."""
+        self._cancelled = True
+        try:
+            everywhere([client for client, _ in self.share()], VLLMClient.abort)
+        except (ConnectionError, RuntimeError) as problem:
+            log.warning("%s", problem)
 
     def share(self) -> list[tuple[VLLMClient, Served]]:
         """This rank's servers: every so-many-th, or one that it shares with other ranks."""

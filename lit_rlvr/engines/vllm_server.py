@@ -57,6 +57,13 @@ class VLLMServerEngine(VLLMEngine):
         super().setup()
         self.meet()
 
+    def check_overlap(self) -> None:
+        if self.sleep_level:
+            raise ValueError(
+                f"model.overlap has servers sample while the policy learns, but engine.sleep_level {self.sleep_level} "
+                "has them sleep then; set it to 0"
+            )
+
     def start(self, policy: Policy, reduce: Reduce) -> None:
         self.meet()
 
