@@ -7,12 +7,20 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
-
-from benchmarks.settings import Settings
+from typing import Any, Protocol
 
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+class Told(Protocol):
+    """Settings that can be handed to another process."""
+
+    def written(self) -> str:
+        """As text."""
+        ...
 
 
 @dataclass
@@ -21,26 +29,29 @@ class Side:
 
     Args:
         name: What results call it.
-        program: ``ours`` or ``theirs``.
+        program: A module of this package: ``ours``, ``theirs`` or ``head_side``.
         settings: What it is told.
         environment: More environment variables.
     """
 
     name: str
     program: str
-    settings: Settings
+    settings: Told
     environment: dict[str, str] = field(default_factory=dict)
     samples: list[dict[str, float]] = field(default_factory=list)
     memory: dict[str, float] = field(default_factory=dict)
 
     def start(self) -> None:
-        """Load model and trainer, and wait at the first gate."""
+        """Begin to load model and trainer."""
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"benchmarks.{self.program}", self.settings.written()],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, **THREADS, "HF_HUB_OFFLINE": "1", **self.environment},
         )  # fmt: skip
         self._drain()
+
+    def ready(self) -> None:
+        """Wait until it stands at the first gate."""
         self._read()
 
     def step(self) -> dict[str, float]:
@@ -54,6 +65,12 @@ class Side:
         self.memory = self._read()
         self.process.wait(60)
 
+    def end(self) -> None:
+        """Make sure that the process is gone, whatever happened."""
+        if hasattr(self, "process") and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
     def _say(self, word: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(word + "\n")
@@ -63,31 +80,54 @@ class Side:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
+            self.drain.join(5)
             raise RuntimeError(f"{self.name} ended early:\n" + "".join(self.errors[-30:]))
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def _drain(self) -> None:
         """Keep what the process writes to standard error, so that its pipe never fills."""
-        import threading
-
         self.errors: list[str] = []
         stream = self.process.stderr
         assert stream is not None
-        threading.Thread(target=lambda: self.errors.extend(stream), daemon=True).start()
+        self.drain = threading.Thread(target=lambda: self.errors.extend(stream), daemon=True)
+        self.drain.start()
 
 
 def interleave(sides: list[Side], repeats: int, warm: int = 1) -> None:
-    """Run A B A B ...; the first ``warm`` rounds do not count."""
-    for side in sides:
-        side.start()
-    for number in range(warm + repeats):
+    """Run A B A B ...; the first ``warm`` rounds do not count. They load side by side, and then take turns."""
+    try:
         for side in sides:
-            cost = side.step()
-            if number >= warm:
-                side.samples.append(cost)
-    for side in sides:
-        side.stop()
+            side.start()
+        for side in sides:
+            side.ready()
+        for number in range(warm + repeats):
+            for side in sides:
+                cost = side.step()
+                if number >= warm:
+                    side.samples.append(cost)
+        for side in sides:
+            side.stop()
+    finally:
+        for side in sides:
+            side.end()
+
+
+def costs(side: Side, part: str) -> list[float]:
+    """Seconds of a part in every round; ``train`` is what is not rollout."""
+    if part == "train":
+        return [s["step"] - s.get("rollout", 0.0) for s in side.samples]
+    return [s[part] for s in side.samples]
+
+
+def rates(side: Side) -> list[float]:
+    """Sampled tokens per second in every round."""
+    return [s["tokens"] / s["rollout"] for s in side.samples]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def median(side: Side, part: str) -> float:
@@ -95,14 +135,11 @@ def median(side: Side, part: str) -> float:
     return statistics.median(costs(side, part))
 
 
-def costs(side: Side, part: str) -> list[float]:
-    """Seconds of a part in every round; ``train`` is what is not rollout."""
-    if part == "train":
-        return [s["step"] - s["rollout"] for s in side.samples]
-    return [s[part] for s in side.samples]
-
-
 def ratios(slow: Side, fast: Side, part: str) -> dict[str, float]:
-    """Median ratio of the rounds, and its spread."""
-    each = [a / b for a, b in zip(costs(slow, part), costs(fast, part), strict=True)]
-    return {"ratio": statistics.median(each), "low": min(each), "high": max(each)}
+    """Median ratio of the rounds, and its spread: how many times as long the first takes."""
+    return of_rounds(slow, fast, lambda side: costs(side, part))
+
+
+def of_rounds(above: Side, below: Side, measure: Callable[[Side], list[float]]) -> dict[str, float]:
+    """Median, smallest and largest ratio of a measure in the same rounds."""
+    return spread([a / b for a, b in zip(measure(above), measure(below), strict=True)])

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import sys
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
+PACKAGES = ("torch", "transformers", "trl", "lightning")
+
 
 def machine(device: str) -> dict[str, Any]:
     """Where and with what a result was measured."""
-    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "processor": processor(),
+        "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
-        **{package: version(package) for package in ("torch", "transformers", "trl", "lightning")},
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
     }
 
 
@@ -30,7 +37,23 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def emit(benchmark: str, device: str, **values: Any) -> None:
-    """Print a result."""
-    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
-    print(json.dumps({"benchmark": benchmark, **rounded, **machine(device)}), flush=True)
+def emit(benchmark: str, kind: str, device: str, **values: Any) -> None:
+    """Print a result.
+
+    Args:
+        benchmark: Which.
+        kind: What the line tells: the table that it belongs to.
+        device: ``cpu`` or ``cuda``.
+        values: The result.
+    """
+    line = {"benchmark": benchmark, "kind": kind, **values, **machine(device)}
+    print(json.dumps({k: rounded(v) if isinstance(v, float) else v for k, v in line.items()}), flush=True)
+
+
+def rounded(value: float) -> float:
+    """Five significant digits.
+
+    >>> rounded(1234.5678), rounded(0.000123456), rounded(0.0)
+    (1234.6, 0.00012346, 0.0)
+    """
+    return float(f"{value:.5g}")

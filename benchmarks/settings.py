@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.models import Size
 
@@ -17,9 +17,11 @@ class Settings:
         folder: The model's folder.
         size: Architecture and work.
         device: ``cpu`` or ``cuda``.
+        work: A whole ``step``; a ``rollout`` alone; or to ``train`` on responses that are there already.
+        ends: Tokens that end a response.
         rho: Share of tokens that learn, those of highest entropy.
-        micro_tokens: Our tokens per forward and backward pass.
         engine: More options of our engine.
+        batch: More options of our batch.
         module: More options of our module.
         trl: Options of GRPOConfig.
     """
@@ -27,11 +29,23 @@ class Settings:
     folder: str
     size: Size
     device: str = "cpu"
+    work: Literal["step", "rollout", "train"] = "step"
+    ends: int = 0
     rho: float = 0.2
-    micro_tokens: int = 1024
     engine: dict[str, Any] = field(default_factory=dict)
+    batch: dict[str, Any] = field(default_factory=dict)
     module: dict[str, Any] = field(default_factory=dict)
     trl: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> str:
+        """Of weights: float32 on a CPU, bfloat16 on a GPU."""
+        return "float32" if self.device == "cpu" else "bfloat16"
+
+    @property
+    def micro_tokens(self) -> int:
+        """Our tokens per forward and backward pass."""
+        return int(self.batch.get("micro_tokens", 1024 if self.device == "cpu" else 16_384))
 
     def written(self) -> str:
         """As JSON, for another process."""
@@ -42,3 +56,29 @@ class Settings:
         """From JSON."""
         values = json.loads(text)
         return cls(**{**values, "size": Size(**values["size"])})
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """One way through the language-model head.
+
+    Args:
+        road: ``full`` logits, ``chunked`` log-probabilities, the ``selected`` loss, or the selected loss of ``every``
+            token.
+        vocabulary: Tokens.
+        hidden: Width.
+        tokens: Rows of hidden states.
+        rho: Share of them that learns.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    road: Literal["full", "chunked", "selected", "every"]
+    vocabulary: int
+    hidden: int
+    tokens: int
+    rho: float = 0.2
+    device: str = "cpu"
+
+    def written(self) -> str:
+        """As JSON, for another process."""
+        return json.dumps(asdict(self))

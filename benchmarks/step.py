@@ -1,13 +1,15 @@
-"""A whole RLVR step against TRL's GRPOTrainer, and its two parts: rollout and training."""
+"""Steps, rollouts and training against TRL's GRPOTrainer."""
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from benchmarks.compare import Side, interleave, median, ratios
+from benchmarks.ceilings import Ceilings, measured
+from benchmarks.compare import Side, costs, interleave, rates, ratios, spread
+from benchmarks.floors import Floor, floors
 from benchmarks.models import SIZES, write
 from benchmarks.report import emit
 from benchmarks.settings import Settings
@@ -19,33 +21,114 @@ ALLOCATOR = {
 }
 """glibc keeps freed memory instead of returning it to the system and faulting it in again."""
 
+TUNED: dict[str, dict[str, Any]] = {
+    "S": {"per_device_train_batch_size": 16},
+    "M": {"per_device_train_batch_size": 8},
+}
+"""What ``python -m benchmarks tune`` found to be TRL's fastest options on a CPU; others take its defaults."""
 
-def sides(name: str, folder: str, device: str, which: list[str]) -> list[Side]:
-    """The sides of the comparison by name, ours first."""
-    settings = Settings(folder, SIZES[name], device)
-    tuned = {"S": {"per_device_train_batch_size": 16}, "M": {"per_device_train_batch_size": 8}}.get(name, {})
+SIDES = ("lit-rlvr", "lit-rlvr, all tokens", "TRL", "TRL tuned", "TRL, checkpointing")
+DEFAULT: dict[str, tuple[str, ...]] = {
+    "step": SIDES[:4],
+    "rollout": ("lit-rlvr", "TRL", "TRL tuned"),
+    "train": SIDES[:4],
+}
+"""Sides of each benchmark, ours first."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a comparison is of.
+
+    Args:
+        work: ``step``, ``rollout`` or ``train``.
+        size: Name of the model.
+        device: ``cpu`` or ``cuda``.
+        repeats: Rounds that count.
+        sides: Ours first.
+        ends: Tokens that end a response.
+        batch: More options of our batch.
+        engine: More options of our engine.
+    """
+
+    work: Literal["step", "rollout", "train"]
+    size: str
+    device: str = "cpu"
+    repeats: int = 5
+    sides: tuple[str, ...] = ()
+    ends: int = 0
+    batch: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the work that are told apart."""
+        return ("step", "rollout", "train") if self.work == "step" else (self.work,)
+
+
+def sides(asked: Asked, folder: str) -> list[Side]:
+    """The sides of the comparison."""
+    settings = Settings(
+        folder, SIZES[asked.size], asked.device, asked.work, asked.ends, batch=asked.batch, engine=asked.engine
+    )
+    tuned = replace(settings, trl=TUNED.get(asked.size, {}) if asked.device == "cpu" else {})
+    saving = replace(settings, trl={"gradient_checkpointing": True})
     every = {
         "lit-rlvr": Side("lit-rlvr", "ours", settings),
         "lit-rlvr, all tokens": Side("lit-rlvr, all tokens", "ours", replace(settings, rho=1.0)),
         "TRL": Side("TRL", "theirs", settings),
-        "TRL tuned": Side("TRL tuned", "theirs", replace(settings, trl=tuned), ALLOCATOR),
-        "TRL, checkpointing": Side(
-            "TRL, checkpointing", "theirs", replace(settings, trl={"gradient_checkpointing": True})
-        ),
+        "TRL tuned": Side("TRL tuned", "theirs", tuned, ALLOCATOR if asked.device == "cpu" else {}),
+        "TRL, checkpointing": Side("TRL, checkpointing", "theirs", saving),
     }
-    return [every[side] for side in which]
+    return [every[side] for side in asked.sides or DEFAULT[asked.work]]
 
 
-def main(name: str, device: str, repeats: int, which: list[str], ends: int) -> None:
+def main(asked: Asked) -> list[Side]:
     """Compare and print."""
     with tempfile.TemporaryDirectory() as folder:
-        write(SIZES[name], Path(folder), ends)
-        run = sides(name, folder, device, which)
-        interleave(run, repeats)
-        first = run[0]
-        for side in run:
-            parts: dict[str, Any] = {part: median(side, part) for part in ("step", "rollout", "train")}
-            emit("step", device, size=name, side=side.name, ends=ends, repeats=repeats, **parts, **side.memory)
-        for side in run[1:]:
-            for part in ("step", "rollout", "train"):
-                emit(part, device, size=name, of=f"{side.name} / {first.name}", ends=ends, **ratios(side, first, part))
+        write(SIZES[asked.size], Path(folder), asked.ends)
+        run = sides(asked, folder)
+        interleave(run, asked.repeats)
+    common = {"size": asked.size, "ends": asked.ends, "repeats": asked.repeats}
+    if asked.batch or asked.engine:
+        common |= {"batch": asked.batch, "engine": asked.engine}
+    for side in run:
+        for part in asked.parts:
+            values: dict[str, Any] = {"side": side.name, "part": part, **spread(costs(side, part))}
+            if part == "rollout":
+                values["tokens_per_second"] = spread(rates(side))["median"]
+            emit(asked.work, "seconds", asked.device, **common, **values)
+        emit(asked.work, "memory", asked.device, **common, side=side.name, **side.memory)
+    for side in run[1:]:
+        for part in asked.parts:
+            values = {"side": side.name, "over": run[0].name, "part": part, **ratios(side, run[0], part)}
+            emit(asked.work, "ratio", asked.device, **common, **values)
+    if not asked.ends:
+        distances(asked, run, measured(SIZES[asked.size], asked.device), common)
+    return run
+
+
+def distances(asked: Asked, run: list[Side], ceilings: Ceilings, common: dict[str, Any]) -> None:
+    """How far our sides are from what the machine's measured ceilings allow, part by part."""
+    for side in run:
+        if side.program != "ours":
+            continue
+        assert isinstance(side.settings, Settings)
+        for shared in (False, True):
+            each = floors(side.settings, ceilings, shared)
+            for part in asked.parts:
+                mine = [f for f in each if part in f.parts]
+                values = over(spread(costs(side, part))["median"], mine, ceilings)
+                emit(
+                    asked.work, "floor", asked.device, **common, side=side.name, part=part, prompts_shared=shared,
+                    **values,
+                )  # fmt: skip
+
+
+def over(seconds: float, floors: list[Floor], ceilings: Ceilings) -> dict[str, float]:
+    """What was measured as a multiple of the floor; on a known GPU also as a share of what its maker names."""
+    operations, floor = sum(f.operations for f in floors), sum(f.seconds for f in floors)
+    own = sum(f.reachable for f in floors)
+    values = {"gigaflop": operations / 1e9, "seconds": seconds, "floor": floor, "times": seconds / floor}
+    values |= {"at_own_shapes": own, "times_at_own_shapes": seconds / own}
+    return values | ({"mfu": operations / seconds / ceilings.nominal} if ceilings.nominal else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.gate import Gate
-from benchmarks.models import questions
+from benchmarks.models import prompt_ids, questions, responses
 from benchmarks.ours import reward
 from benchmarks.settings import Settings
 
@@ -35,31 +36,58 @@ def rewards(completions: list[str], **_: Any) -> list[float]:
     return [reward(text) for text in completions]
 
 
-def main(settings: Settings) -> None:
-    """Run steps until the parent says stop."""
+def trainer_of(settings: Settings, callbacks: list[Any]) -> Any:
+    """The trainer that is measured."""
     size = settings.size
-    gate = Gate(settings.device)
     transformers.set_seed(0)
-    rows = size.prompts * size.responses
-    micro = settings.trl.pop("per_device_train_batch_size", 8)
+    options: dict[str, Any] = {"per_device_train_batch_size": min(8, size.rows), "gradient_checkpointing": False}
+    options |= settings.trl
     bf16 = settings.device != "cpu"
     config = GRPO(
         output_dir=tempfile.mkdtemp(), report_to="none", save_strategy="no", use_cpu=not bf16, bf16=bf16,
-        per_device_train_batch_size=micro, gradient_accumulation_steps=rows // micro,
+        gradient_accumulation_steps=size.rows // options["per_device_train_batch_size"],
         num_generations=size.responses, max_completion_length=size.new_tokens, max_steps=10_000,
-        top_entropy_quantile=settings.rho, disable_tqdm=True,
-        **{"gradient_checkpointing": False, **settings.trl},
+        top_entropy_quantile=settings.rho, disable_tqdm=True, **options,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(settings.folder, dtype="bfloat16" if bf16 else "float32")
-    trainer = GRPOTrainer(
-        model=model,
+    return GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(settings.folder, dtype=settings.dtype),
         reward_funcs=rewards,
         args=config,
         train_dataset=Dataset.from_dict({"prompt": questions(size, 64 * size.prompts)}),
         processing_class=AutoTokenizer.from_pretrained(settings.folder),
-        callbacks=[Gated(gate)],
+        callbacks=callbacks,
     )
-    gate.wrap(trainer, "_generate_single_turn", "rollout")
+
+
+def count(generated: tuple[list[list[int]], Any]) -> int:
+    """Tokens of the responses."""
+    return sum(map(len, generated[0]))
+
+
+def rollouts(settings: Settings, gate: Gate) -> None:
+    """Sample with the trainer's own call of ``generate``."""
+    size, trainer = settings.size, trainer_of(settings, [])
+    prompts = prompt_ids(size, 64 * size.prompts)
+    gate.wrap(trainer, "_generate_single_turn", "rollout", count)
+
+    def work(number: int) -> None:
+        first = number % 64 * size.prompts
+        repeated = [p for p in prompts[first : first + size.prompts] for _ in range(size.responses)]
+        trainer._generate_single_turn(repeated, None, {}, size.responses)
+
+    gate.repeat(work)
+
+
+def main(settings: Settings) -> None:
+    """Run steps until the parent says stop."""
+    gate = Gate(settings.device)
+    if settings.work == "rollout":
+        rollouts(settings, gate)
+    trainer = trainer_of(settings, [Gated(gate)])
+    if settings.work == "train":
+        given = itertools.count()
+        trainer._generate_single_turn = lambda *_: (responses(settings.size, next(given), settings.ends), None)
+    gate.wrap(trainer, "_generate_single_turn", "rollout", count)
     trainer.train()
 
 

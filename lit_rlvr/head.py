@@ -85,8 +85,11 @@ class _Head(NamedTuple):
     chunk: int
 
     def chunks(self) -> Iterator[_Chunk]:
-        for start in range(0, len(self.targets), self.chunk):
-            part = slice(start, min(start + self.chunk, len(self.targets)))
+        rows = len(self.targets)
+        # Of even size: a small last chunk would make thin matrix products.
+        size = -(-rows // max(1, -(-rows // self.chunk)))
+        for start in range(0, rows, max(1, size)):
+            part = slice(start, min(start + size, rows))
             raw = torch.nn.functional.linear(self.hidden[part], self.weight, self.bias)
             z = self.transform(raw)
             top = z.amax(-1, keepdim=True)
@@ -100,12 +103,16 @@ class _Head(NamedTuple):
             yield _Chunk(part, shifted, top, log_total, p.div_(total[:, None]), logp, entropy)
 
     def raw_gradient(self, chunk: _Chunk, g_logp: Tensor, g_entropy: Tensor | None) -> Tensor:
-        """Gradient of the raw logits [m, V], from those of the chunk's log-probabilities and entropies [m]."""
-        factor = g_logp[:, None]
+        """Gradient of the raw logits [m, V], from those of the chunk's log-probabilities and entropies [m].
+
+        Takes the place of the chunk's probabilities.
+        """
+        factor = -g_logp[:, None]
         if g_entropy is not None:
-            log_p = chunk.shifted - chunk.log_total[:, None]
-            factor = factor + g_entropy[:, None] * (log_p + chunk.entropy[:, None])
-        d = chunk.p * -factor
+            # -(g_logp + g_entropy (log p + H)), in one buffer
+            offset = (chunk.entropy - chunk.log_total)[:, None]
+            factor = (chunk.shifted + offset).mul_(-g_entropy[:, None]).add_(factor)
+        d = chunk.p.mul_(factor)
         d.scatter_add_(1, self.targets[chunk.part, None], g_logp[:, None])
         return self.transform.through(d, chunk.shifted, chunk.top)
 
@@ -145,10 +152,10 @@ def _prepare(
 
 
 def _returned(grads: _Gradients, like: tuple[Any, ...], factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    """The three gradients in the dtypes of the arguments, times ``factor``."""
+    """The three gradients in the dtypes of the arguments, times ``factor``; multiplied where they stand."""
     out: list[Tensor | None] = []
     for grad, dtype in zip((grads.hidden, grads.weight, grads.bias), like, strict=True):
-        scaled = grad if grad is None or factor is None else grad * factor.to(grad.dtype)
+        scaled = grad if grad is None or factor is None else grad.mul_(factor.to(grad.dtype))
         out.append(None if scaled is None else scaled.to(dtype))
     return tuple(out)
 
