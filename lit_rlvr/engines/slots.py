@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -144,7 +143,7 @@ class SlotCache(Cache):
             mine.admit(theirs, index)
 
     def keep(self, holes: Tensor, movers: Tensor, rows: int, length: int) -> None:
-        """Move rows from the slots ``movers`` [m] to ``holes`` [m], and use the first ``rows``, no longer than ``length``."""
+        """Move slots ``movers`` [m] to ``holes`` [m]; use the first ``rows`` from now on, the longest of ``length``."""
         for layer in self.slots:
             if len(holes):
                 layer.keep(holes, movers)
