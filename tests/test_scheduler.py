@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CONTEXT, EOS, FAMILIES, VOCABULARY, build, char_tokenizer, random_prompts
+from tiny_models import CONTEXT, EOS, FAMILIES, build, char_tokenizer, random_prompts
 from torch.testing import assert_close
-from transformers import BambaConfig, GPT2Config, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, MistralConfig
+from transformers import BambaConfig, GPT2Config, Llama4TextConfig, LlamaConfig, MistralConfig
 
-from lit_rlvr.engines import Generation, InProcessEngine, Sampling, plain
+from lit_rlvr.engines import Generation, InProcessEngine, Sampling, in_process, plain
 from lit_rlvr.engines.decoding import Output
 from lit_rlvr.engines.in_process import end_tokens
 from lit_rlvr.engines.scheduler import Scheduler
@@ -50,26 +50,26 @@ def generate(policy: Policy, sampling: Sampling, max_rows: int = 64, **engine: A
     return InProcessEngine(max_rows, **engine).generate(policy, TOKENIZER, PROMPTS, UID, sampling, 7)
 
 
-def same(got: Generation, wanted: Generation, **tolerance: float) -> None:
+def same(got: Generation, wanted: Generation) -> None:
     """The same tokens, and numbers that differ by rounding alone."""
     assert torch.equal(got.ids, wanted.ids)
     assert torch.equal(got.mask, wanted.mask)
     assert torch.equal(got.truncated, wanted.truncated)
-    assert_close(got.logprobs, wanted.logprobs, **tolerance)
-    assert_close(got.entropies, wanted.entropies, **tolerance)
+    assert_close(got.logprobs, wanted.logprobs)
+    assert_close(got.entropies, wanted.entropies)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("max_rows", [1, 2, 7, 64])
 def test_the_same_as_plain_decoding(family: str, max_rows: int) -> None:
     """Rows that leave and join, groups that do not fit at once, sliding windows; float32, then float64."""
-    policy = make_policy(family)
-    for _ in range(2):
+    # transformers' eager attention, gemma2's, gives NaN in float64 for rows that padding masks out entirely
+    for dtype in (torch.float32,) if family == "gemma2" else (torch.float32, torch.float64):
+        policy = make_policy(family).to(dtype)
         wanted = plainly(policy, LONG)
         assert len(wanted.mask.sum(-1).unique()) > 5
         assert wanted.truncated.any()
         same(generate(policy, LONG, max_rows), wanted)
-        policy.double()
 
 
 @pytest.mark.parametrize("more", [{"temperature": 0.0}, {"top_p": 0.8}, {"top_k": 4}, {"temperature": 0.7}])
@@ -93,24 +93,34 @@ def test_stop_strings_of_rows_at_different_steps() -> None:
 def adapted() -> Policy:
     """With adapters that do something."""
     hf = build("qwen3", eos_token_id=[EOS, 3, 14])
-    add_adapters(hf, LoRA(rank=2))
+    add_adapters(hf, LoRA(r=2))
     for name, parameter in hf.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     return Policy(hf).eval()
 
 
-def narrow() -> Policy:
-    """In bfloat16."""
-    return make_policy().bfloat16()
+def test_adapters() -> None:
+    """Layers around layers."""
+    policy = adapted()
+    same(generate(policy, LONG, 5), plainly(policy, LONG))
 
 
-# bfloat16 keeps 8 bits: logits of up to 8 differ by 2^-5 after a rounding or two.
-@pytest.mark.parametrize(("make", "tolerance"), [(adapted, {}), (narrow, {"rtol": 0.0, "atol": 2.0**-4})])
-def test_adapters_and_bfloat16(make: Callable[[], Policy], tolerance: dict[str, float]) -> None:
-    """Short responses: in bfloat16 a rounding may change a token."""
-    policy, sampling = make(), Sampling(max_new_tokens=6)
-    same(generate(policy, sampling, 5), plainly(policy, sampling), **tolerance)
+def test_bfloat16_is_as_exact_as_plain_decoding() -> None:
+    """Against float32 of the same weights: tokens may differ after a rounding, errors are of one size."""
+    policy, whole = make_policy(eos_token_id=EOS).bfloat16(), make_policy(eos_token_id=EOS).bfloat16().float()
+    sampling = Sampling(max_new_tokens=12)
+    errors = []
+    for out in (generate(policy, sampling, 5), plainly(policy, sampling)):
+        error = []
+        for row, (ids, mask) in enumerate(zip(out.ids, out.mask, strict=True)):
+            prompt, response = PROMPTS[row // SAMPLES], ids[mask]
+            places = torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
+            with torch.no_grad():
+                logp, _ = whole(torch.tensor([prompt + response.tolist()]), places, response)
+            error.append((logp - out.logprobs[row, : len(response)]).abs())
+        errors.append(float(torch.cat(error).mean()))
+    assert 0 < errors[0] < 1.5 * errors[1]
 
 
 def test_new_weights_are_sampled_from() -> None:
@@ -128,15 +138,16 @@ def test_new_weights_are_sampled_from() -> None:
 def passes(policy: Policy, run: Callable[[], Any]) -> list[int]:
     """Rows of every decoding pass."""
     rows: list[int] = []
-    hf: Any = policy.hf
+    next_logits = policy.next_logits
 
-    def record(module: Any, inputs: Any, output: Any) -> None:
-        if output.last_hidden_state.shape[1] == 1:
-            rows.append(len(output.last_hidden_state))
+    def record(ids: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+        if cache.get_seq_length():
+            rows.append(len(ids))
+        return next_logits(ids, mask, positions, cache)
 
-    handle = hf.base_model.register_forward_hook(record)
-    run()
-    handle.remove()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "next_logits", record)
+        run()
     return rows
 
 
@@ -243,18 +254,9 @@ def test_which_architectures_slots_serve() -> None:
     assert windows(Llama4TextConfig(num_hidden_layers=4)) is None
 
 
-def test_other_architectures_are_decoded_plainly() -> None:
-    """Llama 4 attends in chunks: no slots, and the same responses whatever the batch."""
-    config = Llama4TextConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, intermediate_size_mlp=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=CONTEXT,
-        attention_chunk_size=CONTEXT, num_local_experts=2, moe_layers=[], pad_token_id=0, bos_token_id=None,
-        eos_token_id=[EOS, 3, 14], initializer_range=0.5,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    policy = Policy(Llama4ForCausalLM(config)).eval()
-    sampling = Sampling(max_new_tokens=12)
-    wanted = plainly(policy, sampling)
-    same(generate(policy, sampling), wanted)
-    scheduled = passes(policy, lambda: generate(policy, sampling, 6))
-    assert scheduled == passes(policy, lambda: plainly(policy, sampling, 6))
+def test_other_architectures_are_decoded_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch after batch, over transformers' own cache."""
+    monkeypatch.setattr(in_process, "windows", lambda config: None)
+    policy = make_policy()
+    same(generate(policy, LONG), plainly(policy, LONG))
+    assert passes(policy, lambda: generate(policy, LONG, 6)) == passes(policy, lambda: plainly(policy, LONG, 6))

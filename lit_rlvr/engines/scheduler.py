@@ -92,9 +92,9 @@ class Scheduler:
             ready = self.ready
             taken = [ready.waiting.popleft() for _ in range(min(free, len(ready.waiting)))]
             prompt, row = torch.tensor(taken, device=self.row.device).unbind(-1)
-            self.cache.admit(ready.cache, prompt)
             self.row = torch.cat([self.row, row])
             self._set_lengths(torch.cat([self.length, ready.lengths[prompt]]))
+            self.cache.admit(ready.cache, prompt, self.longest)
             logits = ready.logits[prompt] if logits is None else torch.cat([logits, ready.logits[prompt]])
             if not ready.waiting:
                 self.ready = None
