@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from lit_rlvr.engines import sampler
 from lit_rlvr.engines.base import Sampling
 from lit_rlvr.engines.sampler import BLOCK, draw, inverse_cdf
 from lit_rlvr.hashing import uniform
@@ -254,3 +255,16 @@ def test_sampling_is_checked(arguments: dict[str, Any], message: str) -> None:
 def test_what_counts_as_truncation(arguments: dict[str, Any], truncates: bool) -> None:
     """Greedy is one kind of it; a temperature is none."""
     assert Sampling(**arguments).truncates is truncates
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 0.6}, {"temperature": 0.0}, {"top_p": 0.7}, {"top_k": 9}])
+def test_rows_in_parts_draw_what_they_draw_alone(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows of a large vocabulary are taken a few at a time; rows do not mix, and none is lost."""
+    logits, uniforms = random_logits(11), grid(11)
+    monkeypatch.setattr(sampler, "CACHED", 3 * VOCABULARY + 5)
+    got = draw(logits, Sampling(**more), uniforms)
+    monkeypatch.setattr(sampler, "CACHED", 11 * VOCABULARY)
+    wanted = draw(logits, Sampling(**more), uniforms)
+    assert torch.equal(got.token, wanted.token)
+    assert_close(got.logprob, wanted.logprob)
+    assert_close(got.entropy, wanted.entropy)

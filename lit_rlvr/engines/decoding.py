@@ -34,10 +34,8 @@ class Output:
         self.logprobs, self.entropies = (torch.zeros(rows, width, device=device) for _ in range(2))
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.passes = 0
-        """Decoding steps so far."""
-        self.drawn = 0
-        """Rows of all steps together."""
+        self.steps, self.drawn = 0, 0
+        """Times that tokens were drawn, and tokens drawn."""
 
     def draw(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Draw the next token of ``rows`` [n] from ``logits`` [n, V].
@@ -54,11 +52,11 @@ class Output:
         if self.sampling.stop:
             stopped = stopped | self._hit_stop_string(rows)
         self.stopped[rows] = stopped
-        self.passes, self.drawn = self.passes + 1, self.drawn + len(rows)
+        self.steps, self.drawn = self.steps + 1, self.drawn + len(rows)
         return token, stopped | (step + 1 == self.sampling.max_new_tokens)
 
     def _hit_stop_string(self, rows: Tensor) -> Tensor:
-        """Whether the text's end contains a stop string [n]; the window is wide enough for four tokens per character."""
+        """Whether the text's end contains a stop string [n]; the window has room for four tokens per character."""
         stop = self.sampling.stop
         window = 4 * max(len(s) for s in stop) + 4
         first = (self.lengths[rows].min() - window).clamp(min=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,28 +14,35 @@ from lit_rlvr.engines.base import Engine, Generation, Sampling
 from lit_rlvr.engines.decoding import Output
 from lit_rlvr.engines.scheduler import Scheduler
 from lit_rlvr.engines.slots import windows
+from lit_rlvr.matmul import packed_linears
 from lit_rlvr.policy import Policy
+from lit_rlvr.reduce import Reduce
 from lit_rlvr.sharding import gathered
 
 
 class InProcessEngine(Engine):
     """Samples from the policy module in this process.
 
-    Each prompt is prefilled once and its cache is repeated over the group; rows leave the batch as they finish. Every
-    random number is a function of (seed, phase, draw, sample, position), so responses do not depend on how rows are
-    batched or spread over ranks.
+    Each prompt is prefilled once and its cache is repeated over the group; rows leave the batch as they finish, and
+    waiting ones take their place. Every random number is a function of (seed, phase, draw, sample, position), so
+    responses do not depend on how rows are batched or spread over ranks. Architectures that keep more than each
+    layer's own keys and values (linear attention, state spaces, chunked attention) are decoded batch after batch, over
+    transformers' own cache.
 
     Args:
         max_rows: Most responses decoded at a time; bounds the memory of the key-value cache.
+        pack_weights: On an x86 CPU in float32, decode with copies of the linear layers' weights in an order that
+            multiplies faster. They take as much memory as the weights, until the rollout is over.
 
     Raises:
         ValueError: For ``max_rows`` below 1.
     """
 
-    def __init__(self, max_rows: int = 256) -> None:
+    def __init__(self, max_rows: int = 256, pack_weights: bool = True) -> None:
         if max_rows < 1:
             raise ValueError(f"engine.max_rows must be at least 1, got {max_rows}")
-        self.max_rows = max_rows
+        self.max_rows, self.pack_weights = max_rows, pack_weights
+        self._steps, self._rows = 0, 0
 
     def exact(self, precision: str) -> bool:
         return precision in ("32-true", "32", "64-true", "64")
@@ -63,12 +71,18 @@ class InProcessEngine(Engine):
         was_training = policy.training
         policy.eval()
         try:
-            with gathered(policy):
+            with gathered(policy), packed_linears(policy) if self.pack_weights else nullcontext():
                 if len(uid):
                     self._decode(policy, prompts, samples, out)
         finally:
             policy.train(was_training)
+        self._steps, self._rows = self._steps + out.steps, self._rows + out.drawn
         return out.finish()
+
+    def metrics(self, reduce: Reduce) -> dict[str, float]:
+        rows, steps = reduce.sum(torch.tensor([self._rows, self._steps])).tolist()
+        self._steps, self._rows = 0, 0
+        return {"engine/rows": rows / steps if steps else 0.0}
 
     def _decode(self, policy: Policy, prompts: Sequence[Sequence[int]], samples: int, out: Output) -> None:
         reach = windows(policy.hf.config)

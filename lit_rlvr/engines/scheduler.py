@@ -38,8 +38,8 @@ class _Prefilled:
 class Scheduler:
     """Decodes ``samples`` responses to each prompt, at most ``max_rows`` at a time.
 
-    Each prompt is prefilled once. The longest prompts begin, so that those side by side are of similar length. Tokens do
-    not depend on the order of things: random numbers are a function of a row's name and position.
+    Each prompt is prefilled once. The longest prompts begin, so that those side by side are of similar length. Tokens
+    do not depend on the order of things: random numbers are a function of a row's name and position.
 
     Args:
         policy: The policy to sample from.
@@ -85,16 +85,16 @@ class Scheduler:
         return len(self.queue) * self.samples + (len(self.ready.waiting) if self.ready else 0)
 
     def _admit(self, logits: Tensor | None) -> Tensor | None:
-        """Let waiting rows begin once an eighth of the slots is free, and add what their first tokens are drawn from."""
+        """Once an eighth of the slots is free, let waiting rows begin: add what their first tokens are drawn from."""
         while (free := self.slots - len(self.row)) >= min(self._waiting(), max(1, self.slots // 8)) > 0:
             if self.ready is None:
                 self.ready = self._prefill(-(-free // self.samples))
             ready = self.ready
             taken = [ready.waiting.popleft() for _ in range(min(free, len(ready.waiting)))]
             prompt, row = torch.tensor(taken, device=self.row.device).unbind(-1)
-            self.cache.admit(ready.cache, prompt)
             self.row = torch.cat([self.row, row])
             self._set_lengths(torch.cat([self.length, ready.lengths[prompt]]))
+            self.cache.admit(ready.cache, prompt, self.longest)
             logits = ready.logits[prompt] if logits is None else torch.cat([logits, ready.logits[prompt]])
             if not ready.waiting:
                 self.ready = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -44,6 +43,8 @@ class SlotLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write a new column [rows, heads, 1, head size] and return everything in use."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         self._make_room(key_states.shape[2])
         keys, values = self._storage
         first, self.high = self.high, self.high + key_states.shape[2]
@@ -53,8 +54,11 @@ class SlotLayer(CacheLayerMixin):
         self.use(self.rows, self.length + key_states.shape[2])
         return keys[used], values[used]
 
-    def admit(self, prompts: CacheLayerMixin, index: Tensor) -> None:
-        """Put the rows ``index`` [n] of a prefilled layer, which are padded on the left, behind those in use."""
+    def admit(self, prompts: CacheLayerMixin, index: Tensor, length: int) -> None:
+        """Put the rows ``index`` [n] of a prefilled layer, which are padded on the left, behind those in use.
+
+        The longest of all then holds ``length`` tokens: fewer than ``prompts`` is wide, where only short ones are left.
+        """
         assert prompts.keys is not None
         assert prompts.values is not None
         if not self.is_initialized:
@@ -67,7 +71,7 @@ class SlotLayer(CacheLayerMixin):
         place = (slice(self.rows, rows), slice(None), slice(self.high - width, self.high))
         for storage, theirs in zip(self._storage, (prompts.keys, prompts.values), strict=True):
             storage[place] = theirs[index]
-        self.use(rows, max(self.length if self.rows else 0, prompts.get_seq_length()))
+        self.use(rows, length)
 
     def keep(self, holes: Tensor, movers: Tensor) -> None:
         """Overwrite the slots ``holes`` [m] with the slots ``movers`` [m]."""
@@ -137,14 +141,14 @@ class SlotCache(Cache):
         self.slots: list[SlotLayer] = [SlotLayer(slots, window) for window in windows]
         super().__init__(layers=list(self.slots))
 
-    def admit(self, prompts: DynamicCache, index: Tensor) -> None:
-        """Add the rows ``index`` [n] of prefilled prompts, which are padded on the left."""
+    def admit(self, prompts: DynamicCache, index: Tensor, length: int) -> None:
+        """Add rows ``index`` [n] of prefilled prompts, padded on the left; the longest of all is then ``length``."""
         for mine, theirs in zip(self.slots, prompts.layers, strict=True):
             assert isinstance(theirs, CacheLayerMixin)
-            mine.admit(theirs, index)
+            mine.admit(theirs, index, length)
 
     def keep(self, holes: Tensor, movers: Tensor, rows: int, length: int) -> None:
-        """Move rows from the slots ``movers`` [m] to ``holes`` [m], and use the first ``rows``, no longer than ``length``."""
+        """Move slots ``movers`` [m] to ``holes`` [m]; use the first ``rows`` from now on, the longest of ``length``."""
         for layer in self.slots:
             if len(holes):
                 layer.keep(holes, movers)
