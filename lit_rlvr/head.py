@@ -124,7 +124,11 @@ class _Gradients:
         self.head = head
         wide = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
         self.hidden = torch.zeros_like(head.hidden) if needed[0] else None
-        self.weight = torch.zeros_like(head.weight, dtype=wide) if needed[1] else None
+        # Written as a whole by the first chunk; only where there is none it must be cleared.
+        self.weight = torch.empty_like(head.weight, dtype=wide) if needed[1] else None
+        self.begun = len(head.targets) == 0
+        if self.begun and self.weight is not None:
+            self.weight.zero_()
         self.bias = torch.zeros_like(head.bias, dtype=wide) if needed[2] and head.bias is not None else None
 
     def add(self, part: slice, d: Tensor) -> None:
@@ -133,9 +137,12 @@ class _Gradients:
             self.hidden[part] = narrow @ self.head.weight
         if self.weight is not None:
             if self.weight.dtype == narrow.dtype:
-                self.weight.addmm_(narrow.T, self.head.hidden[part])
-            else:
+                self.weight.addmm_(narrow.T, self.head.hidden[part], beta=int(self.begun))
+            elif self.begun:
                 self.weight += narrow.T @ self.head.hidden[part]
+            else:
+                self.weight.copy_(narrow.T @ self.head.hidden[part])
+            self.begun = True
         if self.bias is not None:
             self.bias += d.sum(0)
 
@@ -223,7 +230,9 @@ class _SelectedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        returned = _returned(ctx.grads, ctx.like, outputs[0])
+        # On a CPU a glance at the factor is free, and it is nearly always 1.
+        whole = outputs[0].device.type == "cpu" and float(outputs[0]) == 1.0
+        returned = _returned(ctx.grads, ctx.like, None if whole else outputs[0])
         ctx.grads = None
         return *returned, None, None, None, None
 

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 from lit_rlvr.advantages import Advantage, GroupNormalized
 from lit_rlvr.aggregation import Aggregation, TokenMean
 from lit_rlvr.ahead import LookAhead
+from lit_rlvr.allocator import keep_freed_memory
 from lit_rlvr.checkpoint import Hyperparameters, configured_again, hyperparameters
 from lit_rlvr.checks import check_algorithm, check_chain, check_trainer
 from lit_rlvr.collect import Collector
@@ -242,6 +243,8 @@ class RLVRModule(EvaluationSteps):
             check_trainer(self, self.trainer)
             check_chain(self)
             log.info(describe_chain(self.chain))
+            if self.trainer.strategy.root_device.type == "cpu":
+                keep_freed_memory()
         self.engine.setup()
 
     def configure_callbacks(self) -> list[Callback]:

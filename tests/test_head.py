@@ -296,3 +296,18 @@ def test_full_logits_never_exist(road: str) -> None:
     # Hidden states and their gradient hold 300 elements, a chunk of logits 78; all logits would be 780.
     assert 6 * VOCABULARY <= forward <= 60 * WIDTH
     assert 6 * VOCABULARY <= spy.largest <= 60 * WIDTH
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_memory_that_was_never_written_is_never_read(rows: int) -> None:
+    """In torch's deterministic mode such memory holds NaN."""
+    hidden, weight = torch.ones(rows, 3, requires_grad=True), torch.ones(4, 3, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        targets = torch.zeros(rows, dtype=torch.int64)
+        selected_loss(hidden, weight, targets, lambda logprobs, entropies, part: logprobs.sum(), chunk=2).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert weight.grad is not None
+    # Every logit is equal: the target's gains 3/4 of each hidden state, the others lose 1/4.
+    torch.testing.assert_close(weight.grad, rows * torch.tensor([0.75, -0.25, -0.25, -0.25])[:, None].expand(4, 3))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lit_rlvr_callbacks import EntropyTopK, PerplexityShaping
-from runs import EvenTask, HopelessTask, tiny_module, tiny_trainer, train
+from runs import FLOAT32_NORMS, EvenTask, HopelessTask, tiny_module, tiny_trainer, train
 
 from lit_rlvr import Batch, RLVRDataModule, Sampling
 from lit_rlvr.advantages import GroupCentred
@@ -38,7 +38,7 @@ def test_gradients_do_not_depend_on_the_token_budget(name: str) -> None:
     for other in runs[1:]:
         for first, second in zip(runs[0].gradients, other.gradients, strict=True):
             for parameter in first:
-                torch.testing.assert_close(first[parameter], second[parameter])
+                torch.testing.assert_close(first[parameter], second[parameter], **FLOAT32_NORMS)
 
 
 def reference_gradient(module: Any, name: str) -> dict[str, torch.Tensor]:
@@ -208,3 +208,15 @@ def test_metrics_of_a_step() -> None:
     kept = [mini.credit for mini in module.phase.minibatches]
     learning = [float(((c.weight > 0) & (c.advantage != 0)).sum()) for c in kept]
     assert [first["train/tokens"], second["train/tokens"]] == learning
+
+
+def test_rows_that_are_left_out_are_counted() -> None:
+    """Rows none of whose tokens learn, and the share of padding where rows are padded."""
+    for layout in ("padded", "shared"):
+        module = tiny_module(batch=Batch(prompts=4, responses=4, minibatch_prompts=2, layout=layout))
+        first, second = train(module, 2, EntropyTopK(0.1)).metrics
+        assert module.phase is not None
+        skipped = [float((~mini.credit.learns.any(-1)).sum()) for mini in module.phase.minibatches]
+        assert [first["train/skipped_rows"], second["train/skipped_rows"]] == skipped
+        assert sum(skipped) > 0
+        assert (first["train/padding"] + second["train/padding"] > 0) is (layout == "padded")
