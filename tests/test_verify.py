@@ -106,6 +106,14 @@ def test_a_verifier_that_ends_its_process(pool: Verifier) -> None:
     assert judge(pool, "good").scores == [Score(0.5, True, "good")]
 
 
+def test_signals_to_every_process_change_no_verdict(pool: Verifier, tmp_path: Path) -> None:
+    """A scheduler's warning is ignored; after SIGTERM, another process judges the answer again."""
+    responses = ["good", f"terminated {tmp_path / 'once'}", "warned", "fine"]
+    verdicts = judge(pool, *responses)
+    assert verdicts.scores == [Score(0.5, True, response) for response in responses]
+    assert not verdicts.failures
+
+
 @pytest.mark.parametrize("trusted", [False, True])
 def test_a_verifier_that_calls_exit(trusted: bool) -> None:
     """``sys.exit`` in a verifier does not end the run."""

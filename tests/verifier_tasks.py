@@ -40,6 +40,11 @@ class Misbehaving(Task):
             self._hang(more)
         elif what == "die":
             os._exit(3)
+        elif what == "terminated" and not Path(more).exists():
+            Path(more).touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif what == "warned":
+            os.kill(os.getpid(), signal.SIGUSR1)
         elif what == "exit":
             sys.exit(3)
         elif what == "raise":

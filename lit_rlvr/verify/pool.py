@@ -109,19 +109,28 @@ class Verifier:
             # spawn: a fork of a process with torch's threads can deadlock.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPool(self.workers, context=context, initializer=_start_worker, initargs=(self.task,))
-        futures = [
-            self._pool.schedule(_score_in_worker, args=pair, timeout=self.timeout)
-            for pair in zip(prompts, responses, strict=True)
-        ]
-        results: list[Score | str] = []
-        for future in futures:
-            try:
-                results.append(future.result())
-            except TimeoutError:
-                results.append(f"no verdict within {self.timeout:g} s")
-            except Exception as error:  # the worker's death, or a task that cannot travel to it
-                results.append(describe(error))
-        return results
+        pairs = list(zip(prompts, responses, strict=True))
+        futures = [self._schedule(pair) for pair in pairs]
+        return [self._verdict(future, pair) for future, pair in zip(futures, pairs, strict=True)]
+
+    def _schedule(self, pair: tuple[Prompt, str]) -> Any:
+        return self._pool.schedule(_score_in_worker, args=pair, timeout=self.timeout)
+
+    def _verdict(self, future: Any, pair: tuple[Prompt, str], again: bool = True) -> Score | str:
+        """The outcome of a scheduled answer.
+
+        A scheduler that wants the machine back sends SIGTERM to every process. The run goes on for a while, and must
+        not take that for a verifier's failure: the answer is judged again, once.
+        """
+        try:
+            verdict: Score | str = future.result()
+        except TimeoutError:
+            return f"no verdict within {self.timeout:g} s"
+        except Exception as error:  # the worker's death, or a task that cannot travel to it
+            if again and abs(getattr(error, "exitcode", 0)) == signal.SIGTERM:  # workers exit with the signal's number
+                return self._verdict(self._schedule(pair), pair, again=False)
+            return describe(error)
+        return verdict
 
 
 def describe(error: BaseException) -> str:
