@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 
-from lit_rlvr.engines import InProcessEngine
 from lit_rlvr.fsdp1 import FSDP1Strategy
 from lit_rlvr.near import did_you_mean
 
@@ -49,11 +48,6 @@ def check_algorithm(module: RLVRModule) -> None:
     if critic is not None and not needs:
         raise ValueError(
             f"a critic is given, but advantage {type(module.advantage).__name__} does not use it; use advantage: GAE"
-        )
-    if module.lora is not None and not isinstance(module.engine, InProcessEngine):
-        raise ValueError(
-            f"adapters are not pushed to {type(module.engine).__name__}; with model.lora leave model.engine null, or "
-            "train all weights"
         )
     if module.ahead is not None:
         module.engine.check_overlap()

@@ -168,6 +168,30 @@ def merge_folder(hf: PreTrainedModel, folder: str) -> PreTrainedModel:
     return merged
 
 
+def merged_part(hf: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Some weights of a model, under the names that they have without adapters, with the adapters added.
+
+    The sum is the one that :func:`merged_weights` takes; only one matrix at a time is made for it.
+
+    Args:
+        hf: The model; it says how adapters are scaled.
+        weights: Whole tensors of its state dict, an adapter's together with those of its layer. None is changed.
+    """
+    merged = {}
+    for name, value in weights.items():
+        if ".lora_" in name:
+            continue
+        owner, _, leaf = name.rpartition(".base_layer.")
+        if owner and leaf == "weight":
+            layer: Any = hf.get_submodule(owner)
+            thin, wide = (weights[f"{owner}.lora_{matrix}.default.weight"] for matrix in "AB")
+            product = wide @ thin
+            product = (product.T if layer.fan_in_fan_out else product) * layer.scaling["default"]
+            value = (value + product).to(value.dtype)
+        merged[name.replace(".base_layer.", ".")] = value
+    return merged
+
+
 def merged_weights(hf: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add the adapters among ``weights`` to the weights beside them.
 

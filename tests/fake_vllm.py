@@ -10,8 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+
+from lit_rlvr.engines.server_side.lit_rlvr_worker import PROTOCOL, Group, own_address, places, unpack
 
 END = 1
 
@@ -42,7 +46,10 @@ class FakeVLLM:
         self.version = changed.pop("version", "0.32.0")
         self.development = changed.pop("development", True)
         self.context = changed.pop("context", 4096)
-        self.about = {"vocabulary": vocabulary, "hidden": hidden, "protocol": changed.pop("protocol", 1)}
+        self.about = {"vocabulary": vocabulary, "hidden": hidden, "protocol": changed.pop("protocol", PROTOCOL)}
+        self.joins = changed.pop("joins", True)
+        self.replicas = changed.pop("replicas", 1)
+        self.group: Group | None = None
         self.worker = changed.pop("worker", "lit_rlvr_worker.WeightReceiver")
         self.model = {
             "logprobs_mode": "processed_logprobs", "dtype": "torch.float32", "enable_sleep_mode": False, **changed,
@@ -56,7 +63,10 @@ class FakeVLLM:
                 self.fail[path] -= 1
                 return 500, {"error": {"message": "out of luck"}}
         if path == "/collective_rpc":
-            return 200, {"results": [getattr(self, body["method"])(**body["kwargs"])]}
+            try:
+                return 200, {"results": [getattr(self, body["method"])(**body["kwargs"])]}
+            except RuntimeError as error:
+                return 500, {"error": {"message": str(error)}}
         name = path.strip("/").replace("/", "_")
         if not hasattr(self, f"on_{name}") or (name == "server_info" and not self.development):
             return 404, {"detail": "Not Found"}
@@ -77,6 +87,22 @@ class FakeVLLM:
         self._loading |= loaded
         return {}
 
+    def lit_rlvr_join(self, host: str, port: int, first: int, **options: Any) -> dict[str, Any]:
+        if not self.joins:
+            raise RuntimeError("out of reach")
+        store = dist.TCPStore(host, port, is_master=False)
+        self.group = Group(store, first, address=own_address(host), device=torch.device("cpu"), **options)
+        return {}
+
+    def lit_rlvr_receive(self, number: int, weights: list[Any]) -> dict[str, Any]:
+        assert self._loading is not None
+        if self.group is None:
+            raise RuntimeError("not in the group")
+        buffer = self.group.empty(places(weights)[-1])
+        self.group.broadcast(buffer).wait()
+        self._loading |= dict(unpack(buffer, weights))
+        return {}
+
     def lit_rlvr_finish(self) -> dict[str, Any]:
         assert self._loading
         self.weights, self._loading = self._loading, None
@@ -90,7 +116,7 @@ class FakeVLLM:
 
     def on_server_info(self, query: Any, body: Any) -> tuple[int, Any]:
         assert query == {"config_format": ["json"]}
-        parallel = {"worker_extension_cls": self.worker}
+        parallel = {"worker_extension_cls": self.worker, "data_parallel_size": self.replicas}
         return 200, {"vllm_config": {"model_config": self.model, "parallel_config": parallel}}
 
     def on_v1_models(self, query: Any, body: Any) -> tuple[int, Any]:

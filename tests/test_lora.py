@@ -11,24 +11,26 @@ from command_line import TINY as TINY_FIT
 from command_line import UNTRACKED, succeed
 from runs import TINY, tiny_module, train
 from safetensors.torch import load_file
+from test_ahead import Watch, fit, follows, make
 from tiny_models import save
 
 from lit_rlvr import RLVRModule
 from lit_rlvr.export import export
-from lit_rlvr.lora import LoRA, WithoutAdapters, adapter_parameters, adapters_off, tuned_layers
+from lit_rlvr.lora import LoRA, WithoutAdapters, adapter_parameters, adapters_off, merged_weights, tuned_layers
 from lit_rlvr.memory import estimate
 from lit_rlvr.models import resolve_model
 from lit_rlvr.policy import load_policy
 from lit_rlvr.saving import SavePolicy
+from lit_rlvr.weights import named_weights
 
 pytest.importorskip("peft", reason="the extra lit-rlvr[lora] is not installed")
 
 INPUTS: tuple[Any, ...] = (torch.tensor([[3, 4, 5, 6]]), torch.tensor([0, 1, 2]), torch.tensor([4, 5, 6]))
 
 
-def trained_policy(path: str, lora: LoRA = LoRA()) -> Any:
+def trained_policy(path: str, lora: LoRA = LoRA(), dtype: str = "float64") -> Any:
     """A policy whose adapters have left zero."""
-    policy = load_policy(path, "float64", lora=lora)
+    policy = load_policy(path, dtype, lora=lora)
     with torch.no_grad():
         for layer in tuned_layers(policy):
             torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.3, generator=torch.Generator().manual_seed(1))
@@ -124,10 +126,48 @@ def test_saved_alone_opened_and_exported_merged(tmp_path: Path) -> None:
     torch.testing.assert_close(opened(*INPUTS), module.policy(*INPUTS))
     start = load_policy(resolve_model(TINY), "float64")
     assert not torch.allclose(opened(*INPUTS)[0], start(*INPUTS)[0], atol=1e-6)
+    pushed, written = dict(named_weights(module.policy)), load_file(tmp_path / "merged/model.safetensors")
+    assert pushed.keys() == written.keys()
+    assert all(torch.equal(pushed[name], tensor) for name, tensor in written.items())
     again = RLVRModule(str(tmp_path / "policy"), dtype="float64")
     again.configure_model()
     assert again.tokenizer.decode([5, 6])
     torch.testing.assert_close(again.policy(*INPUTS), module.policy(*INPUTS))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_weights_leave_for_an_engine_with_the_adapters_added(family: str, dtype: str, tmp_path: Path) -> None:
+    """Bit for bit those of an export, tied or not, transposed or not; the policy keeps its own."""
+    moved = trained_policy(save(tmp_path, family), LoRA(r=2, alpha=6), dtype)
+    before = {name: tensor.clone() for name, tensor in moved.hf.state_dict().items()}
+    given = dict(named_weights(moved))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in moved.hf.state_dict().items())
+    wanted = merged_weights(load_policy(str(tmp_path), dtype, lora=LoRA(r=2, alpha=6), empty=True).hf, before)
+    plain = dict(named_weights(load_policy(str(tmp_path), dtype)))
+    assert given.keys() == plain.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in given.items())
+    assert {tensor.dtype for tensor in given.values()} == {getattr(torch, dtype)}
+    changed = {name.split(".")[-2] for name in given if not torch.equal(given[name], plain[name])}
+    assert changed == {name.split(".")[-3] for name in before if name.endswith(".base_layer.weight")}
+
+
+def test_a_server_follows_the_adapters() -> None:
+    """Its log-probabilities are the training model's, phase after phase, while the adapters move."""
+    watch = Watch()
+    with follows() as (fake, address):
+        recorder = fit(make(address, overlap=False, lora=LoRA(), optimizer=large_steps), 3, watch)
+        assert fake.called("/update_weight_version") == 3
+    for rollout in watch.rollouts:
+        assert rollout.engine_logprobs is not None
+        torch.testing.assert_close(rollout.engine_logprobs, rollout.old_logprobs)
+    moved = watch.rollouts[2].old_logprobs - watch.rollouts[0].old_logprobs
+    assert float(moved.abs().max()) > 1e-2
+    assert recorder.metrics[4]["rollout/engine_ratio_max"] < 1 + 1e-4
+
+
+def large_steps(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=3e-2)
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from fake_vllm import END, FakeVLLM, serving
 from rollouts import ThreadedReduce, run_ranks
 from runs import TINY, train
 from tiny_models import VOCABULARY, build, char_tokenizer
 
 from lit_rlvr import Batch, RLVRModule, Sampling
-from lit_rlvr.engines import Generation, VLLMServerEngine
+from lit_rlvr.engines import Generation, VLLMServerEngine, vllm_broadcast
+from lit_rlvr.engines.vllm_engine import shared_memory
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import LocalReduce
 from lit_rlvr.weights import named_weights
@@ -80,12 +82,16 @@ def test_making_an_engine_contacts_nobody() -> None:
         ({"addresses": []}, "engine.addresses needs the address of a vLLM server"),
         ({"addresses": ["127.0.0.1:8000"]}, "an address looks like http://127.0.0.1:8000"),
         ({"addresses": ["http://localhost:1", "http://localhost:1/"]}, "has the same server twice"),
-        ({"addresses": ["http://node7:8000"]}, "set engine.folder to a folder that this machine and every server see"),
+        (
+            {"addresses": ["http://node7:8000"], "transport": "files"},
+            "set engine.folder to a folder that this machine",
+        ),
         ({"sleep_level": 3}, "engine.sleep_level must be 0, 1 or 2, got 3"),
         ({"retries": -1}, "engine.retries must be at least 0, got -1"),
         ({"timeout": 0}, "engine.timeout must be above 0, got 0"),
         ({"requests": 0}, "engine.requests must be above 0, got 0"),
         ({"file_megabytes": 0}, "engine.file_megabytes must be above 0, got 0"),
+        ({"transport": "pigeon"}, "engine.transport must be auto, files, gloo or nccl, got 'pigeon'"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], said: str) -> None:
@@ -145,10 +151,12 @@ def test_another_model_is_refused_before_weights_are_sent(sizes: tuple[int, int]
 
 
 @pytest.mark.parametrize("file_bytes", [1, 3000, 2**20])
-def test_every_server_gets_the_policys_weights(file_bytes: int, serve: Any, tmp_path: Path) -> None:
-    """In files of any size, which are gone afterwards; then the cache is emptied and the weights get their name."""
+@pytest.mark.parametrize("transport", ["files", "gloo"])
+def test_every_server_gets_the_policys_weights(file_bytes: int, transport: Any, serve: Any, tmp_path: Path) -> None:
+    """In parts of any size, whose files are gone afterwards; then the cache is emptied and the weights are named."""
     (one, first), (two, second) = serve(), serve()
-    engine, policy = VLLMServerEngine([first, second], folder=str(tmp_path)), make_policy()
+    engine = VLLMServerEngine([first, second], folder=str(tmp_path), transport=transport)
+    policy = make_policy()
     engine.file_bytes = file_bytes
     engine.setup()
     for step in range(2):
@@ -164,18 +172,78 @@ def test_every_server_gets_the_policys_weights(file_bytes: int, serve: Any, tmp_
             assert [path for _, path, _, _ in fake.asked][-2:] == ["/reset_prefix_cache", "/update_weight_version"]
     calls = [body["method"].removeprefix("lit_rlvr_") for body in one.bodies("/collective_rpc")]
     loads = {1: len(list(named_weights(policy))), 3000: 7, 2**20: 1}[file_bytes]
-    assert calls == ["about", *2 * ["begin", *["load"] * loads, "finish"]]
-    numbers = [b["kwargs"]["number"] for b in one.bodies("/collective_rpc") if b["method"] == "lit_rlvr_load"]
+    join, load = {"files": ([], "load"), "gloo": (["join"], "receive")}[transport]
+    assert calls == ["about", *join, *2 * ["begin", *[load] * loads, "finish"]]
+    numbers = [b["kwargs"]["number"] for b in one.bodies("/collective_rpc") if b["method"] == f"lit_rlvr_{load}"]
     assert numbers == [*range(loads), *range(loads)]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_matrices_are_rounded_to_what_the_server_computes_in(serve: Any) -> None:
+@pytest.mark.parametrize("transport", ["files", "gloo"])
+def test_matrices_are_rounded_to_what_the_server_computes_in(transport: str, serve: Any) -> None:
     """Which halves what is sent; vectors stay, since servers keep some in float32."""
     fake, address = serve(dtype="torch.bfloat16")
-    ready(address)
+    ready(address, transport=transport)
+    for name, tensor in named_weights(make_policy()):
+        assert torch.equal(fake.weights[name], tensor.to(fake.weights[name].dtype)), name
     kinds = {(tensor.dim(), tensor.dtype) for tensor in fake.weights.values()}
     assert kinds == {(1, torch.float32), (2, torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("transport", "changed", "why"),
+    [
+        ("nccl", {}, "there is no NCCL for a broadcast here"),
+        ("gloo", {"replicas": 2}, "has 2 replicas of the model"),
+        ("gloo", {"joins": False}, "out of reach"),
+    ],
+)
+def test_files_replace_a_broadcast_that_does_not_come_about(
+    transport: str, changed: dict[str, Any], why: str, serve: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once per run, with one line that says why; and without a folder for files, with an error."""
+    monkeypatch.setattr(vllm_broadcast, "JOIN_SECONDS", 1.0)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    (_, good), (fake, bad) = serve(), serve(**changed)
+    engine = ready(good, bad, transport=transport, retries=0)
+    engine.sync(make_policy(), 1, HERE)
+    said = [record.getMessage() for record in caplog.records if "weights go through files" in record.getMessage()]
+    assert len(said) == 1
+    assert why in said[0]
+    methods = [body["method"] for body in fake.bodies("/collective_rpc")]
+    assert (methods.count("lit_rlvr_load"), methods.count("lit_rlvr_receive")) == (2, 0)
+    alone = VLLMServerEngine([good, bad], transport=transport, retries=0)  # type: ignore[arg-type]
+    alone.setup()
+    alone.folder = None
+    with pytest.raises(RuntimeError, match=f"cannot be broadcast .*{why}.* set engine.folder"):
+        alone.sync(make_policy(), 0, HERE)
+
+
+def test_servers_elsewhere_are_sent_a_broadcast() -> None:
+    """Files need a folder that both sides see, a broadcast does not; on one machine shared memory is as good."""
+    ways = {}
+    for host in ("127.0.0.1", "node7"):
+        for folder in (None, "/shared"):
+            engine = VLLMServerEngine([f"http://{host}:8000"], folder=folder)
+            ways[host, folder] = engine.backend, engine.folder
+    assert ways == {
+        ("127.0.0.1", None): (None, shared_memory()), ("127.0.0.1", "/shared"): (None, Path("/shared")),
+        ("node7", None): ("gloo", None), ("node7", "/shared"): ("gloo", Path("/shared")),
+    }  # fmt: skip
+
+
+def test_a_server_that_does_not_receive_is_said_at_once(serve: Any) -> None:
+    """Nobody waits for it: neither the trainer nor the other server, whose part never comes whole."""
+    (good, first), (bad, second) = serve(), serve()
+    engine, policy = VLLMServerEngine([first, second], transport="gloo", retries=0), make_policy()
+    engine.setup()
+    engine.sync(policy, 0, HERE)
+    bad.group = None
+    with pytest.raises(RuntimeError, match="not in the group"):
+        engine.sync(policy, 1, HERE)
+    engine.setup()  # a new run makes a new group
+    engine.sync(policy, 1, HERE)
+    assert good.name == bad.name == engine.version
 
 
 def test_weights_are_pushed_once_per_change(serve: Any) -> None:

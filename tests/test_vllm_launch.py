@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from rollouts import ThreadedReduce, run_ranks
 from runs import TINY, train
 from safetensors.torch import save_file
@@ -19,6 +21,7 @@ from transformers import AutoTokenizer
 from lit_rlvr import Batch, RLVRModule, Sampling
 from lit_rlvr.__main__ import main
 from lit_rlvr.engines import VLLMColocatedEngine, vllm_launch
+from lit_rlvr.engines.server_side.lit_rlvr_worker import Group, places, unpack
 from lit_rlvr.engines.vllm_client import PROTOCOL, RECEIVER
 from lit_rlvr.models import resolve_model
 from lit_rlvr.policy import load_policy
@@ -183,7 +186,7 @@ class Model(torch.nn.Linear):
         given = dict(weights)
         if "bad" in given:
             raise AssertionError
-        self.loads = [*getattr(self, "loads", []), *given]
+        self.loads, self.given = [*getattr(self, "loads", []), *given], given
         return set(given)
 
 
@@ -210,6 +213,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     model, sizes = Model(2, 2), SimpleNamespace(get_vocab_size=lambda: 7, get_hidden_size=lambda: 5)
     made = type("Worker", (shipped.WeightReceiver,), {"get_model": lambda self: model})()
     made.vllm_config, made.events, made.model = SimpleNamespace(model_config=sizes), events, model
+    made.rank, made.device = 1, torch.device("cpu")
     made.model_runner = SimpleNamespace(reset_lora_state=lambda: events.append("lora"))
     assert f"lit_rlvr_worker.{shipped.WeightReceiver.__name__}" == RECEIVER
     yield made
@@ -235,6 +239,40 @@ def test_an_update_goes_file_by_file(worker: Any, tmp_path: Path) -> None:
         assert worker.lit_rlvr_finish() == {"missing": []}
     assert worker.model.loads == ["weight", "other"] * 2
     assert worker.events == ["begin", "end", "lora"] * 2
+
+
+def test_an_update_is_broadcast(worker: Any) -> None:
+    """The worker's rank is the server's first and its own among the server's; repeated parts are not waited for."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    options: dict[str, Any] = {"size": 4, "backend": "gloo", "seconds": 20.0}
+    with ThreadPoolExecutor(4) as pool:
+        joining = pool.submit(worker.lit_rlvr_join, host="127.0.0.1", port=store.port, first=2, **options)
+        rest = {"address": "127.0.0.1", "device": torch.device("cpu"), **options}
+        groups = [pool.submit(Group, store, rank, **rest) for rank in (1, 2)]
+        ours = Group(store, 0, **rest)
+        others = [group.result() for group in groups]
+        assert joining.result() == {}
+        weights = [["weight", "bfloat16", [3]], ["bias", "float32", [2, 1]]]
+        buffer = ours.empty(places(weights)[-1])
+        sent = dict(unpack(buffer, weights))
+        sent["weight"].copy_(torch.tensor([1.5, -2.0, 3.0]))
+        sent["bias"].copy_(torch.tensor([[0.1], [0.2]]))
+        worker.lit_rlvr_begin()
+        receiving = pool.submit(worker.lit_rlvr_receive, 0, weights)
+        for other in others:
+            pool.submit(lambda other: other.broadcast(other.empty(len(buffer))).wait(), other)
+        ours.broadcast(buffer).wait()
+        receiving.result()
+    assert worker.lit_rlvr_receive(0, weights) == {}
+    assert worker.lit_rlvr_finish() == {"missing": []}
+    assert worker.model.loads == ["weight", "bias"]
+    assert all(torch.equal(worker.model.given[name], tensor) for name, tensor in sent.items())
+
+
+def test_a_restarted_server_is_in_no_group(worker: Any) -> None:
+    worker.lit_rlvr_begin()
+    with pytest.raises(RuntimeError, match="is not in the trainer's group any more"):
+        worker.lit_rlvr_receive(0, [["weight", "float32", [2]]])
 
 
 def test_an_update_that_failed_is_begun_again(worker: Any, tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ from runs import EvenTask, tiny_module, tiny_trainer
 
 from lit_rlvr import Batch, RLVRDataModule
 from lit_rlvr.engines import VLLMServerEngine
+from lit_rlvr.lora import LoRA
 
 
-def train_on(strategy: object, devices: int, addresses: list[str], overlap: bool = False) -> None:
+def train_on(strategy: object, devices: int, addresses: list[str], how: str) -> None:
     """Two optimiser steps per phase; the engine is asked by every rank."""
+    overlap = how == "overlap"
     module = tiny_module(
         batch=Batch(4, 4, 2, micro_tokens=60), engine=VLLMServerEngine(addresses), optimizer=step_by_the_gradient,
-        overlap=overlap,
+        overlap=overlap, lora=LoRA() if how == "lora" else None,
     )  # fmt: skip
     callbacks: list[Callback] = [TruncatedImportance()] if overlap else []
     trainer = tiny_trainer(6, callbacks, devices=devices, strategy=strategy, use_distributed_sampler=False)
@@ -32,4 +34,4 @@ def step_by_the_gradient(parameters: object) -> torch.optim.Optimizer:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train_on(STRATEGIES[sys.argv[1]]("plain"), 2, sys.argv[3:], overlap=sys.argv[2] == "overlap")
+    train_on(STRATEGIES[sys.argv[1]]("plain"), 2, sys.argv[3:], sys.argv[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from ipaddress import ip_address
 from threading import Lock
 from typing import Any
 
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 SUPPORTED = SpecifierSet(">=0.32,<0.33")
 """Versions of vLLM that the tests ran with. Elsewhere the requests below may mean something else."""
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The protocol of ``server_side/lit_rlvr_worker.py`` that this client speaks."""
 
 RECEIVER = "lit_rlvr_worker.WeightReceiver"
@@ -36,6 +37,8 @@ class Served:
         vocabulary: Size of the vocabulary.
         hidden: Width of the hidden states.
         sleeps: Whether it was started with ``--enable-sleep-mode``.
+        workers: Its processes that hold weights, of one replica of the model.
+        replicas: Copies of the model.
     """
 
     model: str
@@ -44,6 +47,8 @@ class Served:
     vocabulary: int
     hidden: int
     sleeps: bool
+    workers: int
+    replicas: int
 
 
 class _FailingError(RuntimeError):
@@ -133,18 +138,19 @@ class VLLMClient:
                 f"the server at {self.address} is vLLM {version}, and only versions {SUPPORTED} are supported"
             )
         config = self._configuration()
-        model, worker = config["model_config"], config["parallel_config"]["worker_extension_cls"]
+        model, parallel = config["model_config"], config["parallel_config"]
         if model["logprobs_mode"] != "processed_logprobs":
             raise ValueError(
                 f"the vLLM server at {self.address} reports {model['logprobs_mode']}, which leave the temperature out; "
                 "start it with --logprobs-mode processed_logprobs, as lit-rlvr serve does"
             )
-        if worker.rpartition(".")[2] != RECEIVER.rpartition(".")[2]:
+        if parallel["worker_extension_cls"].rpartition(".")[2] != RECEIVER.rpartition(".")[2]:
             raise ValueError(
                 f"the vLLM server at {self.address} cannot take weights in; start it with --worker-extension-cls "
                 f"{RECEIVER}, as lit-rlvr serve does"
             )
-        about, listed = self.call("lit_rlvr_about")[0], self.ask("GET", "/v1/models")["data"][0]
+        workers, listed = self.call("lit_rlvr_about"), self.ask("GET", "/v1/models")["data"][0]
+        about = workers[0]
         if about["protocol"] != PROTOCOL:
             raise ValueError(
                 f"the vLLM server at {self.address} has lit_rlvr_worker.py of another version of lit-rlvr; restart it "
@@ -152,7 +158,8 @@ class VLLMClient:
             )
         dtype = getattr(torch, model["dtype"].rpartition(".")[2])
         sizes = about["vocabulary"], about["hidden"]
-        return Served(listed["id"], listed["max_model_len"], dtype, *sizes, bool(model["enable_sleep_mode"]))
+        sleeps, replicas = bool(model["enable_sleep_mode"]), int(parallel["data_parallel_size"])
+        return Served(listed["id"], listed["max_model_len"], dtype, *sizes, sleeps, len(workers), replicas)
 
     def _configuration(self) -> dict[str, Any]:
         """The server's own configuration, which it shows in development mode only."""
@@ -204,6 +211,18 @@ class VLLMClient:
     def close(self) -> None:
         """Close the connections."""
         self._session.close()
+
+
+def is_here(host: str) -> bool:
+    """Whether a host is this machine, as far as its name tells.
+
+    >>> [is_here(host) for host in ("localhost", "127.0.0.1", "::1", "node7", "192.0.2.7")]
+    [True, True, True, False, False]
+    """
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _words(answer: Any) -> str:

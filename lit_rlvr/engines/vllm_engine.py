@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from lit_rlvr.engines.base import Engine, Generation, Sampling
 from lit_rlvr.engines.in_process import end_tokens
+from lit_rlvr.engines.vllm_broadcast import Backend, open_road
 from lit_rlvr.engines.vllm_client import Served, VLLMClient
-from lit_rlvr.engines.vllm_push import everywhere, on_first_rank, push_weights
+from lit_rlvr.engines.vllm_push import Road, everywhere, on_first_rank, push_weights
 from lit_rlvr.engines.vllm_responses import request, to_generation
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import LocalReduce, Reduce
@@ -58,7 +60,8 @@ class VLLMEngine(Engine):
         for name, value in {"file_megabytes": file_megabytes, "timeout": timeout, "requests": requests}.items():
             if value <= 0:
                 raise ValueError(f"engine.{name} must be above 0, got {value}")
-        self.folder = Path(folder) if folder else shared_memory()
+        self.folder: Path | None = Path(folder) if folder else shared_memory()
+        self.backend: Backend | None = None
         self.file_bytes, self.sleep_level, self.requests = file_megabytes * 2**20, sleep_level, requests
         self.timeout, self.retries = timeout, retries
         self.clients: list[VLLMClient] = []
@@ -67,6 +70,7 @@ class VLLMEngine(Engine):
         self._pushed: int | None = None
         self._asleep = False
         self._cancelled = False
+        self._road: Road | None = None
         self._reduce: Reduce = LocalReduce()
         self._seconds = 0.0
 
@@ -89,7 +93,7 @@ class VLLMEngine(Engine):
 
     def setup(self) -> None:
         """Forget which weights were pushed: another run may have other weights after as many steps."""
-        self._pushed = None
+        self._pushed = self._road = None
 
     def sync(self, policy: Policy, version: int, reduce: Reduce) -> None:
         started, self._reduce = time.perf_counter(), reduce
@@ -106,9 +110,16 @@ class VLLMEngine(Engine):
             self.version = reduce.gather(f"{uuid4().hex[:8]}-{version}")[0]
             assert self.version is not None
             dtype = self.served[0].dtype
-            push_weights(policy, self.clients, self.version, dtype, self.folder, self.file_bytes, reduce)
+            road = partial(self._open_road, policy.device)
+            push_weights(policy, self.clients, self.version, dtype, road, self.file_bytes, reduce)
             self._pushed = version
         self._seconds += time.perf_counter() - started
+
+    def _open_road(self, device: torch.device) -> Road:
+        """The way for weights, which is opened once in a run."""
+        if self._road is None:
+            self._road = open_road(self.backend, self.clients, self.served, self.folder, device)
+        return self._road
 
     def _fits(self, policy: Policy) -> None:
         """Refuse servers of another model.
@@ -226,7 +237,7 @@ class VLLMEngine(Engine):
     def close(self) -> None:
         for client in self.clients:
             client.close()
-        self.served = []
+        self.served, self._road = [], None
 
 
 def shared_memory() -> Path:

@@ -1,9 +1,10 @@
-"""Sends a policy's weights to vLLM servers, through files in a folder that both sides see."""
+"""Sends a policy's weights to vLLM servers, part by part; one road is files in a folder that both sides see."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,22 +24,22 @@ def push_weights(
     servers: Sequence[VLLMClient],
     version: str,
     dtype: torch.dtype,
-    folder: Path,
-    file_bytes: int,
+    road: Callable[[], Road],
+    part_bytes: int,
     reduce: Reduce,
 ) -> None:
     """Replace the servers' weights by the policy's. Every rank calls it, and rank 0 sends.
 
-    Weights go file by file: one is written, loaded by all servers and deleted before the next, so that neither side
-    ever holds more than ``file_bytes`` (or the largest weight) beside its own copy.
+    Weights go part by part: one is loaded by all servers before the next is sent, so that neither side ever holds more
+    than ``part_bytes`` (or the largest weight) beside its own copy.
 
     Args:
         policy: The policy.
         servers: Where to.
         version: The new weights' name, which the servers give with every response.
         dtype: What matrices are rounded to before they are sent: the servers' own dtype, so nothing else is lost.
-        folder: Where the files go for a moment.
-        file_bytes: Size of a file from which it is sent.
+        road: Opens the road that parts take; rank 0 does.
+        part_bytes: Size of a part from which it is sent.
         reduce: Reaches the other ranks.
 
     Raises:
@@ -46,44 +47,61 @@ def push_weights(
     """
 
     def send() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="lit-rlvr-weights-", dir=folder) as place:
-            Path(place).chmod(0o755)  # a server may be another user's
-            sender = _Sender(servers, Path(place), file_bytes)
-            everywhere(servers, lambda server: server.call("lit_rlvr_begin"))
-            for name, tensor in weights:
-                sender.add(name, _rounded(tensor, dtype))
-            sender.flush()
-            everywhere(servers, lambda server: server.use_weights(version))
+        way = road()
+        everywhere(servers, lambda server: server.call("lit_rlvr_begin"))
+        for number, part in enumerate(parts(((name, _rounded(tensor, dtype)) for name, tensor in weights), part_bytes)):
+            way.send(number, part)
+        everywhere(servers, lambda server: server.use_weights(version))
 
     weights = named_weights(policy)
     on_first_rank(send, reduce, meanwhile=weights)
 
 
-class _Sender:
-    """Collects weights until they fill a file."""
+class Road(ABC):
+    """A way for weights to reach servers."""
 
-    def __init__(self, servers: Sequence[VLLMClient], folder: Path, file_bytes: int) -> None:
-        self.servers, self.folder, self.file_bytes = servers, folder, file_bytes
-        self.waiting: dict[str, Tensor] = {}
-        self.size = self.files = 0
+    @abstractmethod
+    def send(self, number: int, part: dict[str, Tensor]) -> None:
+        """Have all servers load a part of an update.
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        self.waiting[name] = tensor.cpu().contiguous()
-        self.size += tensor.nbytes
-        if self.size >= self.file_bytes:
-            self.flush()
+        Args:
+            number: Parts of the update before it.
+            part: Weights by name.
+        """
 
-    def flush(self) -> None:
-        """Write what is waiting, have it loaded everywhere, and delete it."""
-        if not self.waiting:
-            return
-        file, number = self.folder / f"weights-{self.files:05d}.safetensors", self.files
-        save_file(self.waiting, file)
-        self.waiting, self.size, self.files = {}, 0, number + 1
-        file.chmod(0o644)
-        everywhere(self.servers, lambda server: server.call("lit_rlvr_load", file=str(file), number=number))
-        file.unlink()
+
+class FileRoad(Road):
+    """Files, which are deleted as soon as they are loaded.
+
+    Args:
+        servers: Where to.
+        folder: Where the files go for a moment.
+    """
+
+    def __init__(self, servers: Sequence[VLLMClient], folder: Path) -> None:
+        self.servers, self.folder = servers, folder
+
+    def send(self, number: int, part: dict[str, Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="lit-rlvr-weights-", dir=self.folder) as place:
+            Path(place).chmod(0o755)  # a server may be another user's
+            file = Path(place) / f"{number:05d}.safetensors"
+            save_file({name: tensor.cpu().contiguous() for name, tensor in part.items()}, file)
+            file.chmod(0o644)
+            everywhere(self.servers, lambda server: server.call("lit_rlvr_load", file=str(file), number=number))
+
+
+def parts(weights: Iterable[tuple[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
+    """Weights in parts of ``size`` bytes, or as much more as the last of a part takes."""
+    part, held = dict[str, Tensor](), 0
+    for name, tensor in weights:
+        part[name] = tensor
+        held += tensor.nbytes
+        if held >= size:
+            yield part
+            part, held = {}, 0
+    if part:
+        yield part
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
