@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    everything = add("all", lambda given: benchmarks.suite.main(given.sizes, given.quick), "every benchmark, one by one")
+    everything = add(
+        "all", lambda given: benchmarks.suite.main(given.sizes, given.quick), "every benchmark, one by one"
+    )
     everything.add_argument("--sizes", nargs="+", choices=["S", "M"], default=["S", "M"])
     everything.add_argument("--quick", action="store_true", help="a tiny model and one round: do the benchmarks work?")
 
@@ -84,7 +86,9 @@ def repeated(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def options(command: argparse.ArgumentParser) -> None:
     """More options of our side."""
-    command.add_argument("--batch", type=json.loads, default={}, help='as JSON: more of model.batch, {"layout": "packed"}')
+    command.add_argument(
+        "--batch", type=json.loads, default={}, help='as JSON: more of model.batch, {"layout": "packed"}'
+    )
     command.add_argument("--engine", type=json.loads, default={}, help="as JSON: more of the engine's options")
 
 

@@ -125,9 +125,14 @@ def median(side: Side, part: str) -> float:
     return statistics.median(costs(side, part))
 
 
+def per_token(side: Side, part: str) -> list[float]:
+    """Seconds per response token of a part in every round: sides that sample draw responses of their own lengths."""
+    return [cost / sample["tokens"] for cost, sample in zip(costs(side, part), side.samples, strict=True)]
+
+
 def ratios(slow: Side, fast: Side, part: str) -> dict[str, float]:
-    """Median ratio of the rounds, and its spread: how many times as long the first takes."""
-    return of_rounds(slow, fast, lambda side: costs(side, part))
+    """Median ratio of the rounds, and its spread: how many times as long a response token takes the first."""
+    return of_rounds(slow, fast, lambda side: per_token(side, part))
 
 
 def of_rounds(above: Side, below: Side, measure: Callable[[Side], list[float]]) -> dict[str, float]:

@@ -124,6 +124,8 @@ def distances(asked: Asked, every: list[Side], ceilings: Ceilings, common: dict[
         for shared in (False, True):
             each = floors(side.settings, ceilings, shared)
             for part in asked.parts:
+                if shared and part == "rollout":
+                    continue  # the same as before
                 mine = [f for f in each if part in f.parts]
                 values = over(spread(costs(side, part))["median"], mine, ceilings)
                 emit(
