@@ -66,8 +66,9 @@ def parser() -> argparse.ArgumentParser:
     cluster.set_defaults(sides=list(SIDES[:2]), ends=0)
     options(cluster)
     sized(add("tune", lambda given: benchmarks.tune.main(given.size, given.device, given.repeats), "TRL's options"))
-    table = add("table", lambda given: benchmarks.table.main(given.files), "Markdown tables of JSON lines")
+    table = add("table", lambda given: benchmarks.table.main(given.files, given.into), "Markdown tables of JSON lines")
     table.add_argument("files", nargs="+")
+    table.add_argument("--into", help="a page to put them into, between its markers")
     return top
 
 

@@ -46,7 +46,7 @@ class Forked:
                 os.dup2(mine, number)
             os.environ.update(environment)
             sys.argv = [program, *arguments]
-            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+            sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
             _run(program)
         for theirs in (out, into, errors):
             os.close(theirs)

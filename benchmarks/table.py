@@ -7,7 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.predictions import PREDICTIONS
+
 MIB = "MiB"
+BEGIN, END = "<!-- tables begin -->", "<!-- tables end -->"
+"""What stands around the tables in a page."""
 COLUMNS: dict[tuple[str, str], tuple[str, ...]] = {
     ("seconds", "*"): ("size", "ends", "side", "part", "median", "low", "high", "tokens_per_second"),
     ("ratio", "*"): ("size", "ends", "part", "side", "over", "median", "low", "high"),
@@ -26,7 +30,9 @@ COLUMNS: dict[tuple[str, str], tuple[str, ...]] = {
     ("rho", "*"): ("size", "vocabulary", "rho", "median", "low", "high", "cheaper_than_all", "extra"),
     ("seconds", "tune"): ("size", "options", "allocator", "median", "low", "high", "rollout", "extra", "best"),
     ("estimate", "*"): ("size", "work", "rho", "gradient_checkpointing", "estimated", "measured", "ratio"),
-    ("predicted", "*"): ("size", "side", "part", "bound", "predicted", "measured", "ratio", "assumed_share", "reached_share"),
+    ("predicted", "*"): (
+        "size", "side", "part", "bound", "predicted", "measured", "ratio", "assumed_share", "reached_share",
+    ),
 }  # fmt: skip
 """Columns of the table of each kind of line; those that no line has are left out."""
 
@@ -56,7 +62,17 @@ def render(results: Sequence[dict[str, Any]]) -> str:
             raise ValueError(f"this is no result of a benchmark: {json.dumps(result)[:200]}")
         groups.setdefault((result["benchmark"], result["kind"]), []).append(result)
     parts = [one(benchmark, kind, lines) for (benchmark, kind), lines in groups.items()]
-    return "\n\n".join([*parts, where(results)]) + "\n"
+    return "\n\n".join([*parts, predicted(results), where(results)]) + "\n"
+
+
+def predicted(results: Sequence[dict[str, Any]]) -> str:
+    """What was expected beside what was measured."""
+    rows = ["| what | predicted before measuring | measured | follows from |", "| --- | --- | --- | --- |"]
+    for p in PREDICTIONS:
+        measured = p.measured(results)
+        if measured is not None:
+            rows.append(f"| {p.what} | {cell(float(p.value))} | {cell(measured)} | {p.why} |")
+    return "**Predicted and measured**\n\n" + "\n".join(rows)
 
 
 def one(benchmark: str, kind: str, lines: list[dict[str, Any]]) -> str:
@@ -114,6 +130,24 @@ def where(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*(f"Measured on: {m}." for m in machines), *load, *(f"Command: `{c}`" for c in commands)])
 
 
-def main(paths: list[str]) -> None:
-    """Print."""
-    print(render(read(Path(path) for path in paths)), end="")
+def put(text: str, page: str) -> str:
+    """The page with ``text`` between its two markers.
+
+    Raises:
+        ValueError: When the page has no markers.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page needs the lines {BEGIN} and {END}, between which tables are put")
+    return f"{before}{begin}\n\n{text}\n{end}{after}"
+
+
+def main(paths: list[str], into: str | None = None) -> None:
+    """Print, or put into a page."""
+    text = render(read(Path(path) for path in paths))
+    if into is None:
+        print(text, end="")
+    else:
+        page = Path(into)
+        page.write_text(put(text, page.read_text()))

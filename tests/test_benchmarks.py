@@ -20,10 +20,11 @@ from benchmarks.gate import Clock, Memory
 from benchmarks.head_side import Work
 from benchmarks.models import SIZES, Size, configuration, prompt_ids, questions, responses
 from benchmarks.ours import Given
+from benchmarks.predictions import PREDICTIONS
 from benchmarks.scaling import by_length, by_rows, tokens
 from benchmarks.settings import HeadSettings, Settings
 from benchmarks.step import over, sides
-from benchmarks.table import render
+from benchmarks.table import BEGIN, END, predicted, put, read, render
 from benchmarks.tune import candidates
 from lit_rlvr.cluster import rollout, training
 
@@ -210,8 +211,6 @@ def test_tables_are_made_of_lines(tmp_path: Path) -> None:
     file.write_text("noise\n" + "\n".join(map(json.dumps, lines)))
     given = parser().parse_args(["table", str(file)])
     assert given.files == [str(file)]
-    from benchmarks.table import read
-
     text = render(read([file]))
     assert "| size | part | side | over | median | low | high |" in text
     assert "| S | step | TRL | ours | 2.35 | 2 | 3 |" in text
@@ -232,3 +231,24 @@ def test_refused_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert "invalid choice" in capsys.readouterr().err
     namespace = SimpleNamespace(benchmark="cluster", size="M", device="cpu", repeats=1, sides=[], ends=0)
     assert asked(SimpleNamespace(**vars(namespace), batch={}, engine={})).work == "step"  # type: ignore[arg-type]
+
+
+def test_tables_are_put_into_a_page(tmp_path: Path) -> None:
+    """Between its markers, again and again."""
+    page = put("one", f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert page == f"before\n{BEGIN}\n\none\n{END}\nafter\n"
+    assert put("one", page) == page
+    with pytest.raises(ValueError, match="the page needs the lines"):
+        put("one", "nothing")
+    results = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+    assert put("one", results.read_text()).count("\none\n") == 1
+
+
+def test_predictions_find_what_was_measured() -> None:
+    """Each names a line that benchmarks print, and no two the same number."""
+    first = PREDICTIONS[0]
+    line = {"benchmark": "step", "kind": "ratio", "size": "S", "ends": 0, "part": "step", "side": "TRL", "median": 2.5}
+    assert first.measured([line]) == 2.5
+    assert first.measured([{**line, "size": "M"}]) is None
+    assert "| step on S, TRL / ours | 1.8 | 2.5 |" in predicted([line])
+    assert len({json.dumps([p.where, p.column]) for p in PREDICTIONS}) == len(PREDICTIONS)
