@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--ends", type=int, default=0, help="tokens that end a response, for ragged lengths")
         options(command)
 
-    head = add("head", lambda given: benchmarks.head.main(given.work, given.device, given.repeats, given.rho),
-               "ways through the language-model head")  # fmt: skip
+    head = add("head", through_head, "ways through the language-model head")
+    head.add_argument("--roads", nargs="+", choices=[*benchmarks.head.ROADS], default=["full", "chunked", "selected"])
     head.add_argument("--work", choices=[*benchmarks.head.WORK], default="49k", help="vocabulary")
     head.add_argument("--rho", type=float, default=0.2, help="share of tokens that learn")
     repeated(head)
@@ -99,6 +99,11 @@ def asked(given: argparse.Namespace) -> Asked:
     return Asked(
         work, given.size, given.device, given.repeats, tuple(given.sides), given.ends, given.batch, given.engine
     )  # fmt: skip
+
+
+def through_head(given: argparse.Namespace) -> None:
+    """Run ``head``."""
+    benchmarks.head.main(given.work, given.device, given.repeats, given.rho, given.roads)
 
 
 def scale(given: argparse.Namespace) -> None:

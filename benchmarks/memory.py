@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +26,10 @@ def main(name: str, device: str) -> None:
     """Compare and print."""
     size = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
-        for settings in cases(Settings(str(write(size, Path(folder))), size, device)):
-            both = answer("memory_side", settings.written())
+        every = list(cases(Settings(str(write(size, Path(folder))), size, device)))
+        with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:  # bytes are no other for a busy machine
+            results = list(pool.map(lambda case: answer("memory_side", case.written()), every))
+        for settings, both in zip(every, results, strict=True):
             emit(
                 "memory", "estimate", device, size=name, work=settings.work, rho=settings.rho,
                 gradient_checkpointing=settings.module.get("gradient_checkpointing", False),

@@ -13,7 +13,7 @@ from benchmarks.step import Asked
 
 ROUNDS: dict[str, dict[str, int]] = {
     "S": {"step": 5, "rollout": 5, "train": 5, "scaling": 3},
-    "M": {"step": 2, "rollout": 2, "train": 2, "scaling": 1},
+    "M": {"step": 2, "rollout": 1, "train": 1, "scaling": 1},
     "tiny": {"step": 1, "rollout": 1, "train": 1, "scaling": 1},
 }
 """Rounds that count, so that both models together take a quarter of an hour on two cores."""
@@ -61,8 +61,8 @@ def main(sizes: list[str], quickly: bool) -> None:
         compared(size)
     if "S" in sizes:
         scaling.main("S", "cpu", ROUNDS["S"]["scaling"], ["length", "rows", "rho"], {}, longest=1024)
-        head.main("49k", "cpu", 3, 0.2)
+        head.main("49k", "cpu", 2, 0.2)
     if "M" in sizes:
         scaling.main("M", "cpu", ROUNDS["M"]["scaling"], ["rho"], {}, longest=0)
         scaling.main("wide", "cpu", 1, ["rho"], {}, longest=0)
-        head.main("152k", "cpu", 2, 0.2)
+        head.main("152k", "cpu", 2, 0.2, ("full", "selected"))

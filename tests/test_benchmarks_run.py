@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,12 @@ def test_each_prints_its_lines() -> None:
 def test_memory_is_estimated_within_a_quarter_on_s(tmp_path: Path) -> None:
     """What explain says, against the largest sum of what torch held in two steps of the real loop."""
     size = SIZES["S"]
-    settings = Settings(str(write(size, tmp_path)), size)
-    ratios = {}
-    for case in cases(settings):
-        both = answer("memory_side", case.written())
-        ratios[case.work, case.rho, case.module.get("gradient_checkpointing")] = both["estimated"] / both["measured"]
-    assert len(ratios) == 5
-    assert all(0.75 <= ratio <= 1.25 for ratio in ratios.values()), ratios
+    training = [case for case in cases(Settings(str(write(size, tmp_path)), size)) if case.work == "train"]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda case: answer("memory_side", case.written()), training))
+    ratios = [both["estimated"] / both["measured"] for both in results]
+    assert len({(case.rho, case.module["gradient_checkpointing"]) for case in training}) == len(ratios) == 4
+    assert all(0.75 <= ratio <= 1.25 for ratio in ratios), ratios
 
 
 def test_a_program_that_fails_says_why() -> None:
