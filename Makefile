@@ -54,9 +54,12 @@ check: setup     ## Linters, type checkers, import contract, doctests and tests.
 seeds: setup     ## The quickstart on seeds 0, 1 and 2, and the bottom-80 % control; about five minutes.
 	$(RUN)/python -m pytest -m long tests/test_quickstart.py
 
-bench: setup     ## Whole steps against TRL on this machine's CPU, models S and M; some ten minutes.
-	$(RUN)/python -m benchmarks step --size S
-	$(RUN)/python -m benchmarks step --size M --repeats 3
+# Lines of JSON go to $(RESULTS), tables to the terminal. SIZES=S or SIZES=M measures one of the two models.
+SIZES ?= S M
+RESULTS ?= benchmarks.jsonl
+bench: setup     ## Everything against TRL and the machine's ceilings on the CPU; a quarter of an hour.
+	$(RUN)/python -m benchmarks all --sizes $(SIZES) >$(RESULTS)
+	$(RUN)/python -m benchmarks table $(RESULTS)
 
 docs: setup      ## Build the documentation into site/, refusing broken links.
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict

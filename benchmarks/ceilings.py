@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.compare import THREADS
+from benchmarks.compare import answer
 from benchmarks.gate import Clock
 from benchmarks.models import Size
 from lit_rlvr.cluster import DEVICES
@@ -84,9 +82,7 @@ def measure(size: Size, device: str) -> Ceilings:
 
 def measured(size: Size, device: str) -> Ceilings:
     """Measure in a process of its own, with one thread."""
-    command = [sys.executable, "-m", "benchmarks.ceilings", json.dumps(asdict(size)), device]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **THREADS})
-    return Ceilings(**json.loads(done.stdout))
+    return Ceilings(**answer("ceilings", json.dumps(asdict(size)), device))
 
 
 if __name__ == "__main__":

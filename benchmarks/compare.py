@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+from benchmarks.processes import launch
 
 
 class Told(Protocol):
@@ -40,14 +37,11 @@ class Side:
     environment: dict[str, str] = field(default_factory=dict)
     samples: list[dict[str, float]] = field(default_factory=list)
     memory: dict[str, float] = field(default_factory=dict)
+    process: Any = None
 
     def start(self) -> None:
         """Begin to load model and trainer."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{self.program}", self.settings.written()],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **THREADS, "HF_HUB_OFFLINE": "1", **self.environment},
-        )  # fmt: skip
+        self.process = launch(self.program, self.settings.written(), environment=self.environment)
         self._drain()
 
     def ready(self) -> None:
@@ -67,17 +61,15 @@ class Side:
 
     def end(self) -> None:
         """Make sure that the process is gone, whatever happened."""
-        if hasattr(self, "process") and self.process.poll() is None:
+        if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
 
     def _say(self, word: str) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write(word + "\n")
         self.process.stdin.flush()
 
     def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             self.drain.join(5)
@@ -88,9 +80,7 @@ class Side:
     def _drain(self) -> None:
         """Keep what the process writes to standard error, so that its pipe never fills."""
         self.errors: list[str] = []
-        stream = self.process.stderr
-        assert stream is not None
-        self.drain = threading.Thread(target=lambda: self.errors.extend(stream), daemon=True)
+        self.drain = threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True)
         self.drain.start()
 
 
@@ -135,11 +125,39 @@ def median(side: Side, part: str) -> float:
     return statistics.median(costs(side, part))
 
 
+def per_token(side: Side, part: str) -> list[float]:
+    """Seconds per response token of a part in every round: sides that sample draw responses of their own lengths."""
+    return [cost / sample["tokens"] for cost, sample in zip(costs(side, part), side.samples, strict=True)]
+
+
 def ratios(slow: Side, fast: Side, part: str) -> dict[str, float]:
-    """Median ratio of the rounds, and its spread: how many times as long the first takes."""
-    return of_rounds(slow, fast, lambda side: costs(side, part))
+    """Median ratio of the rounds, and its spread: how many times as long a response token takes the first."""
+    return of_rounds(slow, fast, lambda side: per_token(side, part))
 
 
 def of_rounds(above: Side, below: Side, measure: Callable[[Side], list[float]]) -> dict[str, float]:
     """Median, smallest and largest ratio of a measure in the same rounds."""
     return spread([a / b for a, b in zip(measure(above), measure(below), strict=True)])
+
+
+def answer(program: str, *arguments: str) -> Any:
+    """The JSON that a program prints as its last line.
+
+    Raises:
+        RuntimeError: When it fails, with the end of what it wrote to standard error.
+    """
+    process = launch(program, *arguments)
+    try:
+        process.stdin.close()
+        errors: list[str] = []
+        drain = threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True)
+        drain.start()
+        lines = list(process.stdout)
+        if process.wait(60):
+            drain.join(5)
+            raise RuntimeError(f"{program} failed:\n" + "".join(errors[-30:]))
+        return json.loads(lines[-1])
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

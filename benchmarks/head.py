@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from benchmarks.compare import Side, costs, interleave, of_rounds, spread
 from benchmarks.report import emit
 from benchmarks.settings import HeadSettings
 
-ROADS: dict[Literal["full", "chunked", "selected", "every"], str] = {
+Road = Literal["full", "chunked", "selected", "every"]
+ROADS: dict[Road, str] = {
     "full": "full logits",
     "chunked": "chunked log-probabilities",
     "selected": "selected head",
@@ -18,12 +20,21 @@ WORK = {"tiny": (128, 32, 64), "49k": (49_152, 512, 4096), "152k": (151_936, 102
 """Vocabulary, width and tokens: the head of model M, and that of Qwen3-0.6B on fewer tokens, for time's sake."""
 
 
-def main(name: str, device: str, repeats: int, rho: float) -> None:
-    """Compare and print."""
+def main(
+    name: str, device: str, repeats: int, rho: float, roads: Sequence[Road] = ("full", "chunked", "selected")
+) -> None:
+    """Compare and print.
+
+    Args:
+        name: Of the work.
+        device: ``cpu`` or ``cuda``.
+        repeats: Rounds that count.
+        rho: Share of tokens that learn.
+        roads: The reference first.
+    """
     vocabulary, hidden, tokens = WORK[name]
     run = [
-        Side(words, "head_side", HeadSettings(road, vocabulary, hidden, tokens, rho, device))
-        for road, words in ROADS.items()
+        Side(ROADS[road], "head_side", HeadSettings(road, vocabulary, hidden, tokens, rho, device)) for road in roads
     ]
     interleave(run, repeats)
     common = {"vocabulary": vocabulary, "hidden": hidden, "tokens": tokens, "rho": rho, "repeats": repeats}

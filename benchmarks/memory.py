@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.compare import THREADS
+from benchmarks.compare import answer
 from benchmarks.models import SIZES, write
 from benchmarks.report import emit
 from benchmarks.settings import Settings
@@ -25,23 +22,14 @@ def cases(settings: Settings) -> Iterator[Settings]:
     yield replace(settings, work="step")
 
 
-def compared(settings: Settings) -> dict[str, int]:
-    """Estimated and measured bytes, from a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory_side", settings.written()]
-    environment = {**os.environ, **THREADS, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    if done.returncode:
-        raise RuntimeError(f"no measurement:\n{done.stderr[-3000:]}")
-    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def main(name: str, device: str) -> None:
     """Compare and print."""
     size = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
-        for settings in cases(Settings(str(write(size, Path(folder))), size, device)):
-            both = compared(settings)
+        every = list(cases(Settings(str(write(size, Path(folder))), size, device)))
+        with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:  # bytes are no other for a busy machine
+            results = list(pool.map(lambda case: answer("memory_side", case.written()), every))
+        for settings, both in zip(every, results, strict=True):
             emit(
                 "memory", "estimate", device, size=name, work=settings.work, rho=settings.rho,
                 gradient_checkpointing=settings.module.get("gradient_checkpointing", False),

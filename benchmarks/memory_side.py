@@ -38,7 +38,7 @@ def largest(record: profile) -> int:
 
 
 def measured(settings: Settings, steps: int = 2) -> int:
-    """Peak bytes of loading the model and of ``steps`` steps; the second has the optimizer's state from its beginning."""
+    """Peak bytes of loading the model and of ``steps`` steps; the second begins with the optimizer's state."""
     if settings.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         fit(settings, module_of(settings), [], steps)

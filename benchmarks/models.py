@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def write(size: Size, folder: Path, ends: int = 0) -> Path:
         folder: Where to.
         ends: Tokens of the vocabulary that end a response all the same, for responses of geometric lengths.
     """
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     model: Any = Qwen3ForCausalLM(configuration(size))
     model.generation_config.eos_token_id = [size.vocabulary, *range(1, 1 + ends)]

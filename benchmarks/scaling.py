@@ -56,7 +56,8 @@ def in_tokens(name: str, settings: Settings, sizes: list[Size], of: str, repeats
 
 
 def in_rho(name: str, settings: Settings, shares: Iterable[float], repeats: int) -> None:
-    """Print what training costs as fewer tokens learn, against all of them."""
+    """Print what training on half a step's prompts costs as fewer tokens learn, against all of them."""
+    settings = replace(settings, size=replace(settings.size, prompts=-(-settings.size.prompts // 2)))
     run = [Side(str(rho), "ours", replace(settings, rho=rho)) for rho in shares]
     interleave(run, repeats)
     for side, rho in zip(run, shares, strict=True):

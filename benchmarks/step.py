@@ -83,40 +83,50 @@ def sides(asked: Asked, folder: str) -> list[Side]:
     return [every[side] for side in asked.sides or DEFAULT[asked.work]]
 
 
-def main(asked: Asked) -> list[Side]:
-    """Compare and print."""
+def run(asked: Asked) -> list[Side]:
+    """Measure every side."""
     with tempfile.TemporaryDirectory() as folder:
         write(SIZES[asked.size], Path(folder), asked.ends)
-        run = sides(asked, folder)
-        interleave(run, asked.repeats)
-    common = {"size": asked.size, "ends": asked.ends, "repeats": asked.repeats}
+        every = sides(asked, folder)
+        interleave(every, asked.repeats)
+    return every
+
+
+def main(asked: Asked, ceilings: Ceilings | None = None) -> list[Side]:
+    """Compare and print."""
+    every = run(asked)
+    ours = every[0]
+    common: dict[str, Any] = {"size": asked.size, "ends": asked.ends, "repeats": asked.repeats}
     if asked.batch or asked.engine:
         common |= {"batch": asked.batch, "engine": asked.engine}
-    for side in run:
+    for side in every:
         for part in asked.parts:
             values: dict[str, Any] = {"side": side.name, "part": part, **spread(costs(side, part))}
             if part == "rollout":
                 values["tokens_per_second"] = spread(rates(side))["median"]
             emit(asked.work, "seconds", asked.device, **common, **values)
         emit(asked.work, "memory", asked.device, **common, side=side.name, **side.memory)
-    for side in run[1:]:
+    for side in every[1:]:
         for part in asked.parts:
-            values = {"side": side.name, "over": run[0].name, "part": part, **ratios(side, run[0], part)}
+            values = {"side": side.name, "over": ours.name, "part": part, **ratios(side, ours, part)}
             emit(asked.work, "ratio", asked.device, **common, **values)
-    if not asked.ends:
-        distances(asked, run, measured(SIZES[asked.size], asked.device), common)
-    return run
+    if not asked.ends:  # a floor knows no other length than the longest
+        distances(asked, every, ceilings or measured(SIZES[asked.size], asked.device), common)
+    return every
 
 
-def distances(asked: Asked, run: list[Side], ceilings: Ceilings, common: dict[str, Any]) -> None:
-    """How far our sides are from what the machine's measured ceilings allow, part by part."""
-    for side in run:
-        if side.program != "ours":
-            continue
+def distances(asked: Asked, every: list[Side], ceilings: Ceilings, common: dict[str, Any]) -> None:
+    """How far each side is from what the machine's measured ceilings allow, part by part.
+
+    For TRL it is the same floor: no implementation could be more times as fast.
+    """
+    for side in every:
         assert isinstance(side.settings, Settings)
         for shared in (False, True):
             each = floors(side.settings, ceilings, shared)
             for part in asked.parts:
+                if shared and part == "rollout":
+                    continue  # the same as before
                 mine = [f for f in each if part in f.parts]
                 values = over(spread(costs(side, part))["median"], mine, ceilings)
                 emit(

@@ -1,4 +1,4 @@
-"""How long a phase would take on machines that are not here: arithmetic on stated ceilings, no measurement.
+"""How long a phase would take on machines that are not here: arithmetic on stated ceilings.
 
 A rollout is bound by reading weights and cache from memory, scoring and training by multiplications or by gathering
 weights over the network, and handing weights to the engine by the network. Every number that goes in is printed.
@@ -50,7 +50,8 @@ class Machines:
     Args:
         nodes: Nodes.
         each: Devices per node.
-        kind: A name in :data:`DEVICES`.
+        kind: A name in :data:`DEVICES`, or any with ``ceilings``.
+        ceilings: Those of each device; null: what :data:`DEVICES` says of ``kind``.
 
     Raises:
         ValueError: For an unknown kind, or none of something.
@@ -59,9 +60,10 @@ class Machines:
     nodes: int
     each: int
     kind: str
+    ceilings: Device | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in DEVICES:
+        if self.kind not in DEVICES and self.ceilings is None:
             raise ValueError(f"there are no ceilings for {self.kind!r}; known are {', '.join(DEVICES)}")
         if self.nodes < 1 or self.each < 1:
             raise ValueError(f"a cluster has at least one node and one device, got {self.nodes}x{self.each}")
@@ -73,8 +75,8 @@ class Machines:
         Raises:
             ValueError: When the text is anything else.
 
-        >>> Machines.of("8x8xH100")
-        Machines(nodes=8, each=8, kind='H100')
+        >>> Machines.of("8x8xH100").devices
+        64
         """
         found = re.fullmatch(r"(\d+)x(\d+)x(\w+)", text)
         if found is None:
@@ -89,7 +91,7 @@ class Machines:
     @property
     def device(self) -> Device:
         """The ceilings of each."""
-        return DEVICES[self.kind]
+        return self.ceilings or DEVICES[self.kind]
 
     @property
     def narrowest(self) -> float:
@@ -103,45 +105,67 @@ class Work:
 
     Args:
         parameters: Of the policy.
+        body: Those that every token is multiplied with.
+        head: Those that a hidden state is multiplied with for a distribution.
         layers: Its layers.
         attention: Width of all heads of a layer.
         cached: Bytes of keys and values per token.
         rows: Responses.
+        prompts: Prompts that they answer.
         prompt: Tokens of a prompt.
         response: Tokens of a response.
-        scorings: Forward passes over all rows beside learning.
+        scorings: Forward passes over all rows, beside learning.
         learnings: Forward and backward passes over all rows.
         recomputed: Whether activations are recomputed in the backward pass.
         micro_batches: Forward and backward passes of one device in all optimiser steps of the phase.
+        chosen: Share of response tokens that go through the head where they learn.
+        size: Bytes of a number in weights and cache.
     """
 
     parameters: int
+    body: int
+    head: int
     layers: int
     attention: int
     cached: int
     rows: int
+    prompts: int
     prompt: int
     response: int
     scorings: int
     learnings: int
     recomputed: bool
     micro_batches: int
+    chosen: float = 1.0
+    size: int = BF16
 
     @classmethod
-    def of(cls, config: Any, parameters: int, **numbers: Any) -> Work:
+    def of(cls, config: Any, parameters: int, *, size: int = BF16, **numbers: Any) -> Work:
         """The work on a model with a Hugging Face configuration."""
         text = config.get_text_config()
         heads = text.num_attention_heads
-        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // heads
         stored = getattr(text, "num_key_value_heads", None) or heads
-        cached = 2 * text.num_hidden_layers * stored * size * BF16
-        return cls(parameters, text.num_hidden_layers, heads * size, cached, **numbers)
+        cached = 2 * text.num_hidden_layers * stored * width * size
+        head = text.vocab_size * text.hidden_size
+        body = parameters - (1 if config.tie_word_embeddings else 2) * head  # an embedding is looked up
+        return cls(parameters, body, head, text.num_hidden_layers, heads * width, cached, size=size, **numbers)
+
+    def layers_forward(self, tokens: int) -> float:
+        """Operations of one row of ``tokens`` in the layers: two per weight and token, and attention to all before."""
+        return 2.0 * self.body * tokens + 2.0 * self.layers * self.attention * tokens**2
 
     @property
     def forward(self) -> float:
-        """Operations of a forward pass over one row: two per weight and token, and attention to all tokens before."""
-        tokens = self.prompt + self.response
-        return 2.0 * self.parameters * tokens + 2.0 * self.layers * self.attention * tokens**2
+        """Operations of scoring one row: its response tokens go through the head, its prompt does not."""
+        return self.layers_forward(self.prompt + self.response) + 2.0 * self.head * self.response
+
+    @property
+    def learning(self) -> float:
+        """Operations of learning from one row: the backward pass costs two forward passes; the head recomputes none."""
+        passes = 4 if self.recomputed else 3
+        layers = passes * self.layers_forward(self.prompt + self.response)
+        return layers + 3 * 2.0 * self.head * self.response * self.chosen
 
 
 @dataclass(frozen=True)
@@ -173,8 +197,10 @@ def stages(work: Work, machines: Machines) -> list[Stage]:
 
 
 def rollout(work: Work, machines: Machines) -> Stage:
-    """Decoding: each replica of the weights, on the fewest devices that hold it, serves as many rows as fit."""
-    device, whole, row = machines.device, work.parameters * BF16, work.cached * (work.prompt + work.response)
+    """Reading each prompt once, and decoding: each replica of the weights, on the fewest devices that hold it, serves
+    as many rows as fit.
+    """
+    device, whole, row = machines.device, work.parameters * work.size, work.cached * (work.prompt + work.response)
     for width in (n for n in range(1, machines.each + 1) if machines.each % n == 0):
         free = USED["cache"] * (width * device.memory - whole)
         if free >= row and width * device.memory >= 2 * whole:
@@ -189,8 +215,9 @@ def rollout(work: Work, machines: Machines) -> Stage:
     waves = -(-per_replica // together)
     mean_row = work.cached * (work.prompt + work.response / 2)
     read = (whole + together * mean_row) / (width * device.bandwidth * USED["memory"])
-    multiplied = 2.0 * work.parameters * together / (width * device.flops * USED["multiplications"])
-    seconds = work.response * waves * max(read, multiplied)
+    multiplied = 2.0 * (work.body + work.head) * together / (width * device.flops * USED["multiplications"])
+    prompts = work.prompts * work.layers_forward(work.prompt) / (machines.devices * _multiplied(machines))
+    seconds = prompts + work.response * waves * max(read, multiplied)
     bound = "memory bandwidth" if read >= multiplied else "multiplications"
     how = f"replicas of {width} device(s), {together} responses at a time, {waves} wave(s)"
     return Stage("rollout", seconds, bound, (whole + together * row) / width, how)
@@ -204,18 +231,18 @@ def scoring(work: Work, machines: Machines) -> Stage:
 
 def training(work: Work, machines: Machines) -> Stage:
     """Forward, backward and recomputation, against gathering weights and spreading gradients for each micro-batch."""
-    passes = (4 if work.recomputed else 3) * work.learnings
-    computed = passes * work.rows * work.forward / (machines.devices * _multiplied(machines))
-    moved = 3.0 * BF16 * work.parameters * work.micro_batches * (machines.devices > 1)
+    computed = work.learnings * work.rows * work.learning / (machines.devices * _multiplied(machines))
+    moved = 3.0 * work.size * work.parameters * work.micro_batches * (machines.devices > 1)
     moving = moved / (machines.narrowest * USED["network"])
     bound = "multiplications" if computed >= moving else "network"
+    passes = (4 if work.recomputed else 3) * work.learnings
     how = f"{passes} forward passes' worth, weights moved {3 * work.micro_batches} times"
     return Stage("training", max(computed, moving), bound, None, how)
 
 
 def sync(work: Work, machines: Machines) -> Stage:
     """New weights for the engine, once a phase."""
-    seconds = BF16 * work.parameters / (machines.narrowest * USED["network"])
+    seconds = work.size * work.parameters / (machines.narrowest * USED["network"])
     return Stage("sync", seconds, "network", None, "all weights once")
 
 
@@ -245,9 +272,10 @@ def assumptions(work: Work, machines: Machines) -> list[str]:
         f"{d.memory / 1e9:.0f} GB of memory, {d.link / 1e9:.0f} GB/s within a node, {d.network / 1e9:.0f} GB/s between",
         f"reached: {shares}; assumed, not measured",
         f"every response takes {work.response} tokens, the limit; shorter ones take less, uneven ones idle",
-        "rollouts by a serving engine on the same devices; its log-probabilities are scored again before learning",
+        "rollouts by a serving engine on the same devices, which reads each prompt once for all of its responses; its "
+        "log-probabilities are scored again before learning",
         "one round of sampling; rollouts, scoring and training one after the other; the verifier takes no time",
-        "every token goes through the head, chosen or not; moving weights overlaps with multiplications",
+        "every response token goes through the head, chosen or not; moving weights overlaps with multiplications",
     ]
 
 

@@ -236,6 +236,7 @@ def work_of(module: Any, chain: list[CreditCallback], cluster: Cluster, facts: F
         facts.config,
         parameters,
         rows=batch.prompts * batch.responses,
+        prompts=batch.prompts,
         prompt=facts.prompt,
         response=module.sampling.max_new_tokens,
         scorings=1 + (module.kl is not None) + critic + rescored * batch.epochs,

@@ -15,8 +15,8 @@ from transformers import Qwen3Config
 from lit_rlvr.cluster import DEVICES, USED, Device, Machines, Work, rollout, scoring, stages, sync, training
 
 WORK = Work(
-    parameters=10**9, layers=10, attention=100, cached=1000, rows=64, prompt=100, response=900, scorings=2,
-    learnings=1, recomputed=True, micro_batches=8,
+    parameters=10**9, body=8 * 10**8, head=10**8, layers=10, attention=100, cached=1000, rows=64, prompts=8, prompt=100,
+    response=900, scorings=2, learnings=1, recomputed=True, micro_batches=8,
 )  # fmt: skip
 ONE, NODE, MANY = Machines(1, 1, "H100"), Machines(1, 8, "H100"), Machines(4, 8, "H100")
 
@@ -38,26 +38,40 @@ def test_a_cluster_is_nodes_devices_and_kind() -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             Machines.of(text)
+    mine = Device(flops=1.0, bandwidth=2.0, memory=3.0, link=4.0, network=5.0)
+    assert Machines(1, 1, "mine", mine).device is mine
 
 
 def test_facts_of_a_model() -> None:
     """Eight heads of 16 and two of them stored, in three layers."""
     config = Qwen3Config(hidden_size=64, num_attention_heads=8, num_key_value_heads=2, head_dim=16, num_hidden_layers=3)
-    numbers = {"rows": 1, "prompt": 2, "response": 3, "scorings": 1, "learnings": 1, "micro_batches": 1}
-    work = Work.of(config, 7, recomputed=False, **numbers)
-    assert (work.parameters, work.layers, work.attention, work.cached) == (7, 3, 128, 2 * 3 * 2 * 16 * 2)
-    # Two per weight, and for each token queries with keys and weights with values, over half of the square.
-    assert work.forward == 2 * 7 * 5 + 3 * (2 + 2) * 128 * 5**2 / 2
+    config.vocab_size = 10
+    numbers = {"rows": 1, "prompts": 1, "prompt": 2, "response": 3, "scorings": 1, "learnings": 1, "micro_batches": 1}
+    config.tie_word_embeddings = True
+    work = Work.of(config, 647, recomputed=False, **numbers)
+    assert (work.parameters, work.body, work.head) == (647, 7, 640)
+    assert (work.layers, work.attention, work.cached) == (3, 128, 2 * 3 * 2 * 16 * 2)
+    # Two per weight, and for each token queries with keys and weights with values, over half of the square; the head
+    # for response tokens alone.
+    layers = 2 * 7 * 5 + 3 * (2 + 2) * 128 * 5**2 / 2
+    assert work.forward == layers + 2 * 640 * 3
+    assert work.learning == 3 * work.forward
+    assert replace(work, chosen=0.5).learning == 3 * layers + 3 * 640 * 3
+    config.tie_word_embeddings = False
+    apart = Work.of(config, 2 * 640 + 7, size=4, recomputed=False, **numbers)
+    assert (apart.body, apart.head, apart.cached) == (7, 640, 2 * work.cached)
 
 
 @pytest.mark.usefixtures("plain")
 def test_multiplications_by_hand() -> None:
-    forward = 2 * 10**9 * 1000 + 2 * 10 * 100 * 1000**2
-    assert scoring(WORK, ONE).seconds == pytest.approx(2 * 64 * forward / 1e12)
-    assert scoring(WORK, MANY).seconds == pytest.approx(2 * 64 * forward / 32e12)
+    layers, head = 2 * 8 * 10**8 * 1000 + 2 * 10 * 100 * 1000**2, 2 * 10**8 * 900
+    assert scoring(WORK, ONE).seconds == pytest.approx(2 * 64 * (layers + head) / 1e12)
+    assert scoring(WORK, MANY).seconds == pytest.approx(2 * 64 * (layers + head) / 32e12)
     learnt = training(WORK, ONE)
-    assert (learnt.seconds, learnt.bound) == (pytest.approx(4 * 64 * forward / 1e12), "multiplications")
-    assert training(replace(WORK, recomputed=False), ONE).seconds == pytest.approx(3 * 64 * forward / 1e12)
+    assert (learnt.seconds, learnt.bound) == (pytest.approx(64 * (4 * layers + 3 * head) / 1e12), "multiplications")
+    assert training(replace(WORK, recomputed=False), ONE).seconds == pytest.approx(3 * 64 * (layers + head) / 1e12)
+    fewer = replace(WORK, recomputed=False, chosen=0.2)
+    assert training(fewer, ONE).seconds == pytest.approx(3 * 64 * (layers + 0.2 * head) / 1e12)
 
 
 @pytest.mark.usefixtures("plain")
@@ -71,15 +85,19 @@ def test_the_network_by_hand() -> None:
 
 @pytest.mark.usefixtures("plain")
 def test_a_rollout_by_hand() -> None:
-    """One device: 8 GB beside the weights hold far more than 64 rows of 1 MB, which are read at half their response."""
+    """One device: 8 GB beside the weights hold far more than 64 rows of 1 MB, which are read at half their response.
+
+    Each of 8 prompts is read once.
+    """
+    prompts = 8 * (2 * 8e8 * 100 + 2 * 10 * 100 * 100**2) / 1e12
     part = rollout(WORK, ONE)
     read = (2e9 + 64 * 1000 * (100 + 450)) / 1e12
-    multiplied = 2 * 1e9 * 64 / 1e12
+    multiplied = 2 * 9e8 * 64 / 1e12
     assert multiplied > read
-    assert (part.seconds, part.bound) == (pytest.approx(900 * multiplied), "multiplications")
+    assert (part.seconds, part.bound) == (pytest.approx(prompts + 900 * multiplied), "multiplications")
     assert part.memory == 2e9 + 64 * 1e6
     few = replace(WORK, rows=1)
-    assert rollout(few, ONE).seconds == pytest.approx(900 * (2e9 + 1000 * 550) / 1e12)
+    assert rollout(few, ONE).seconds == pytest.approx(prompts + 900 * (2e9 + 1000 * 550) / 1e12)
     assert rollout(few, ONE).bound == "memory bandwidth"
 
 
@@ -89,7 +107,8 @@ def test_rows_that_do_not_fit_come_in_waves() -> None:
     long = replace(WORK, cached=3_000_000)
     part = rollout(long, ONE)
     assert part.how == "replicas of 1 device(s), 2 responses at a time, 32 wave(s)"
-    assert part.seconds == pytest.approx(900 * 32 * (2e9 + 2 * 3e6 * 550) / 1e12)
+    prompts = 8 * (2 * 8e8 * 100 + 2 * 10 * 100 * 100**2) / 1e12
+    assert part.seconds == pytest.approx(prompts + 900 * 32 * (2e9 + 2 * 3e6 * 550) / 1e12)
 
 
 @pytest.mark.usefixtures("plain")
