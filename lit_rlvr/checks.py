@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 
+from lit_rlvr.engines import InProcessEngine
 from lit_rlvr.fsdp1 import FSDP1Strategy
 from lit_rlvr.near import did_you_mean
 
