@@ -39,10 +39,12 @@ def packed_linears(module: nn.Module) -> Iterator[int]:
     Yields:
         Number of layers that are packed.
     """
-    packed = [layer for layer in module.modules() if _applies(layer)] if _available() else []
+    layers = module.modules() if _available() else iter(())
     done: list[nn.Module] = []
     try:
-        for layer in packed:
+        for layer in layers:
+            if not isinstance(layer, nn.Linear) or not _applies(layer):
+                continue
             weights = _pack(layer.weight)
             if _is_right(layer.weight, weights):
                 layer.__dict__["forward"] = partial(_linear, weights, layer.bias)
@@ -60,7 +62,7 @@ def _available() -> bool:
     return x86 and mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
 
 
-def _applies(layer: nn.Module) -> bool:
+def _applies(layer: nn.Linear) -> bool:
     if type(layer) is not nn.Linear or "forward" in layer.__dict__:
         return False
     weight = layer.weight

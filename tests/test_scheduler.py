@@ -96,7 +96,7 @@ def adapted() -> Policy:
     add_adapters(hf, LoRA(r=2))
     for name, parameter in hf.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+            torch.nn.init.normal_(parameter, std=0.1)
     return Policy(hf).eval()
 
 
