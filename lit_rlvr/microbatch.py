@@ -102,7 +102,8 @@ def empty(device: torch.device) -> MicroBatch:
 def same_prompt(rollout: RolloutBatch, rows: Tensor) -> Tensor:
     """A number per row [n]; rows have the same one if, and only if, they have the same prompt."""
     tokens = rollout.prompt_ids[rows].masked_fill(~rollout.prompt_mask[rows], -1)
-    return torch.unique(tokens, dim=0, return_inverse=True)[1]
+    same: Tensor = torch.unique(tokens, dim=0, return_inverse=True)[1]
+    return same
 
 
 def cut(

@@ -57,16 +57,18 @@ class Part:
 
     def to(self, device: torch.device) -> Self:
         """The same with its tensors on ``device``."""
-        moved = {name: getattr(self, name) for name in ("owner", "spread", "real")}
-        return replace(self, **{name: None if t is None else t.to(device) for name, t in moved.items()})
+        owner, spread, real = (t if t is None else t.to(device) for t in (self.owner, self.spread, self.real))
+        return replace(self, owner=owner, spread=spread, real=real)
 
     def own(self, values: Tensor) -> Tensor:
         """The part's tokens [n, longest, ...] of ``values`` [total, ...]."""
         piece = values[self.start : self.start + sum(self.lengths)]
         if self.spread is not None:
             assert self.real is not None
-            piece = _Spread.apply(piece, self.spread, self.real)
-        return piece.unflatten(0, (len(self.lengths), self.lengths[0]))
+            spread: Any = _Spread.apply
+            piece = spread(piece, self.spread, self.real)
+        filled: Tensor = piece.unflatten(0, (len(self.lengths), self.lengths[0]))
+        return filled
 
     def packed(self, values: Tensor) -> Tensor:
         """The real ones of [n, longest, ...], side by side."""
@@ -156,10 +158,10 @@ def attend(
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     pieces = []
     for part in pack.parts:
-        heads = [t.transpose(1, 2) for t in (part.own(query), part.with_prompts(key), part.with_prompts(value))]
-        mask = pack.mask(part, sliding_window, heads[0])
+        q, k, v = (t.transpose(1, 2) for t in (part.own(query), part.with_prompts(key), part.with_prompts(value)))
+        mask = pack.mask(part, sliding_window, q)
         mask = None if mask is None else mask[None, None]
-        attended, _ = sdpa_attention_forward(module, *heads, mask, is_causal=mask is None, **kwargs)
+        attended, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=mask is None, **kwargs)
         pieces.append(part.packed(attended))
     return torch.cat(pieces)[None], None
 
