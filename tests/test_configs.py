@@ -34,6 +34,7 @@ BESIDE = {
     "chain_sum": ("--data.template.kind=plain",),  # the quickstart's model has no chat template
     "negative_reinforcement": ("--model.advantage=Raw", "--model.dynamic_sampling=null"),
     "truncated_importance": ("--model.dtype=bfloat16",),
+    "zero_variance": ("--model.dynamic_sampling=null",),
 }
 """What a file needs over the quickstart."""
 
