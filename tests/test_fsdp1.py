@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from command_line import CONFIGS, QUICKSTART, cli
 from lightning.pytorch.strategies import FSDPStrategy
 from runs import TINY, tiny_module, train
 from test_sharding import INPUTS, Facts
@@ -142,6 +143,15 @@ def test_other_forms_are_refused() -> None:
         check_first_fsdp(tiny_module(engine=VLLMServerEngine(addresses=["http://localhost:1"])))
     with pytest.raises(ValueError, match=r"wrap the whole module.*fsdp.yaml, or fsdp1.yaml"):
         train(tiny_module(), 1, devices=1, strategy=AsItIs())
+
+
+def test_explain_refuses_what_fit_refuses(tmp_path: Path) -> None:
+    """Though the strategy is not started on the machine that explains a run."""
+    strategy = ("--config", str(CONFIGS / "strategy/fsdp1.yaml"))
+    outcome = cli(tmp_path, "explain", *QUICKSTART, *strategy, "--model.lora.r=4")
+    assert (outcome.code, "model.lora does not work under PyTorch's first FSDP" in outcome.err) == (2, True)
+    outcome = cli(tmp_path, "explain", *QUICKSTART, "--trainer.strategy=fsdp")
+    assert (outcome.code, "would wrap the whole module" in outcome.err) == (2, True)
 
 
 def test_narrow_weights_make_the_engine_inexact() -> None:

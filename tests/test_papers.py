@@ -13,8 +13,9 @@ import torch
 import yaml
 from command_line import CONFIGS, UNTRACKED, succeed
 from rollouts import build_rollout, full_credit
-from test_configs import holds
+from test_configs import holds, on_meta_device
 
+from lit_rlvr import RLVRModule
 from lit_rlvr.advantages import GroupNormalized
 from lit_rlvr.cli import CLI
 from lit_rlvr.credit import CreditContext, all_callbacks, credit_chain
@@ -79,14 +80,18 @@ def test_every_run_is_explained_without_hub_and_data(
 ) -> None:
     """The run's numbers are the paper's, and each value of the file stands in the resolved configuration."""
     resolved: list[str] = []
+    models: list[RLVRModule] = []
     explain = CLI.explain
 
     def keep(cli: CLI, **options: Any) -> None:
+        models.append(cli.model)
         resolved.append(cli._parser("explain").dump(cli.config["explain"], skip_none=False))
         explain(cli, **options)
 
     monkeypatch.setattr(CLI, "explain", keep)
     out = explained(file, tmp_path)
+    if file.stem in ("wang2025", "deng2025", "14b", "32b", "math_7b"):  # the others have the model of one of these
+        assert {p.device.type for p in on_meta_device(models[0]).parameters()} == {"meta"}
     wang = name_of(file).startswith("wang2025")
     responses, limit = (16, 29696 if file.stem == "long" else 20480) if wang else (8, 8192)
     assert f"512 prompts x {responses} responses = {512 * responses} rollouts of at most {limit} tokens" in out

@@ -40,9 +40,11 @@ def test_the_quickstart_learns(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(450)
-def test_the_quickstart_learns_on_two_processes(tmp_path: Path) -> None:
-    """With the DDP fragment, in fewer steps."""
-    rows = fit(tmp_path, "--config", str(ROOT / "configs/strategy/ddp.yaml"), "--trainer.max_steps=40")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_quickstart_learns_on_two_processes(strategy: str, tmp_path: Path) -> None:
+    """With the strategy's fragment, in fewer steps."""
+    fragment = ("--config", str(ROOT / f"configs/strategy/{strategy}.yaml"))
+    rows = fit(tmp_path, *fragment, "--trainer.max_steps=40")
     assert rows["after RLVR"]["sampled/mean_at_1"] > rows["after warm start"]["sampled/mean_at_1"] + 0.3
 
 
