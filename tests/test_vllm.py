@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lit_rlvr_callbacks import TruncatedImportance
 from runs import EvenTask, train
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from lit_rlvr import Batch, RLVRModule, Sampling
 from lit_rlvr.engines import Engine, Generation, InProcessEngine, VLLMColocatedEngine, VLLMServerEngine
+from lit_rlvr.engines.vllm_broadcast import BroadcastRoad
 from lit_rlvr.engines.vllm_colocated import free_port
 from lit_rlvr.engines.vllm_launch import ServerProcess
+from lit_rlvr.engines.vllm_push import FileRoad
+from lit_rlvr.lora import LoRA
 from lit_rlvr.models import character_tokenizer, save_model
 from lit_rlvr.policy import load_policy
 from lit_rlvr.reduce import LocalReduce
@@ -64,12 +69,13 @@ class Watch(Callback):
         self.phases: list[RolloutBatch] = []
         self.now: list[float] = []
         self.stale: list[float] = []
+        self.road: Any = None
         self._before: Any = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch.minibatch:
             return
-        rollout = pl_module.phase.rollout
+        rollout, self.road = pl_module.phase.rollout, pl_module.engine._road
         self.phases.append(rollout)
         self.now.append(distance(rollout, rollout.old_logprobs))
         if self._before is not None:
@@ -118,20 +124,104 @@ def server(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         process.stop()
 
 
-def make_module(folder: str, engine: Engine, temperature: float) -> RLVRModule:
+def make_module(folder: str, engine: Engine, temperature: float, **options: Any) -> RLVRModule:
     """A policy that moves far in a step."""
     return RLVRModule(
         folder, batch=Batch(prompts=4, responses=4, minibatch_prompts=2), engine=engine,
         sampling=Sampling(temperature, max_new_tokens=24),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+        **{"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3), **options},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_server_follows_the_trained_weights(temperature: float, folder: str, server: str) -> None:
+def test_the_server_follows_the_adapters(folder: str, server: str) -> None:
+    """Merged on their way, in every phase; the server knows nothing of adapters."""
+    pytest.importorskip("peft", reason="the extra lit-rlvr[lora] is not installed")
+    watch, options = Watch(1.0), {"lora": LoRA(), "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-1)}
+    train(make_module(folder, VLLMServerEngine([server]), 1.0, **options), 6, watch, task=LongPrompts())
+    print(f"\nadapters: largest |difference of log-probabilities| per phase: {watch.now}")
+    start = load_policy(folder)
+    moved = [distance(rollout, score(start, rollout, 1.0, 4096)[0]) for rollout in watch.phases]
+    print(f"adapters: the same, of the model without them: {moved}")
+    assert max(watch.now) < TOLERANCE
+    assert min(moved[1:]) > 10 * TOLERANCE
+
+
+class Spans(Callback):
+    """When phases were sampled and when they were learnt from, and the weights that they began with."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[float, float]] = []
+        self.learnt: list[list[float]] = []
+        self.stale: list[tuple[float, float]] = []
+        self._before: Any = None
+
+    def watch(self, engine: VLLMServerEngine) -> VLLMServerEngine:
+        """The engine, which now tells when it samples."""
+        generate = engine.generate
+
+        def timed(*arguments: Any) -> Generation:
+            began = time.perf_counter()
+            out = generate(*arguments)
+            self.asked.append((began, time.perf_counter()))
+            return out
+
+        engine.generate = timed  # type: ignore[method-assign]
+        return engine
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch.minibatch == 0:
+            self.learnt.append([pl_module.phase.ready, 0.0])
+        self.learnt[-1][1] = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Before the phase runs, and so before its first update."""
+        if batch.minibatch == 0:
+            self._sampled, self._now = self._before, load_policy(pl_module.model)
+            self._now.load_state_dict(pl_module.policy.state_dict())
+            self._before = self._now
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        rollout = pl_module.phase.rollout
+        if len(self.stale) < len(self.asked) and len(self.stale) == int(rollout.uid[0, 0]):
+            of = [distance(rollout, score(p or self._now, rollout, 1.0, 4096)[0]) for p in (self._sampled, self._now)]
+            self.stale.append((of[0], of[1]))
+
+
+def test_a_phase_is_sampled_while_the_one_before_learns(folder: str, server: str) -> None:
+    """Its log-probabilities are those of the weights before, and ratios to them are what learning is corrected by."""
+    spans = Spans()
+    module = make_module(folder, spans.watch(VLLMServerEngine([server])), 1.0, overlap=True)
+    recorder = train(module, 12, spans, TruncatedImportance(), task=LongPrompts())
+    print(
+        f"\noverlap: largest |difference of log-probabilities| from the weights before, from the current: {spans.stale}"
+    )
+    ahead = [f"{a - b:.3f} s" for (_, b), (a, _) in zip(spans.learnt, spans.asked[1:], strict=False)]
+    print(f"overlap: from the end of learning a phase to the beginning of sampling the next: {ahead}")
+    print(f"overlap: waited {[round(m['time/wait_s'], 3) for m in recorder.metrics[::2]]} s")
+    assert len(spans.asked) == len(spans.learnt) == len(spans.stale) == 6
+    assert all(asked < end for (_, end), (asked, _) in zip(spans.learnt, spans.asked[1:], strict=False))
+    assert max(before for before, _ in spans.stale) < TOLERANCE
+    assert min(now for _, now in spans.stale[1:]) > 10 * TOLERANCE
+    assert [m["rollout/lag_updates"] for m in recorder.metrics[::2]] == [0, 2, 2, 2, 2, 2]
+    assert all(m["rollout/engine_ratio_max"] > 1 + 10 * TOLERANCE for m in recorder.metrics[2::2])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_it_learns(overlap: bool, folder: str, server: str) -> None:
+    """Rewards rise, one step off policy too."""
+    module = make_module(folder, VLLMServerEngine([server]), 1.0, overlap=overlap)
+    recorder = train(module, 60, *([TruncatedImportance()] if overlap else []), task=LongPrompts())
+    rewards = [m["rollout/reward"] for m in recorder.metrics[::2]]
+    print(f"\noverlap={overlap}: reward per phase: {[round(r, 2) for r in rewards]}")
+    assert sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.2
+
+
+@pytest.mark.parametrize(("temperature", "transport"), [(1.0, "files"), (0.7, "gloo")])
+def test_the_server_follows_the_trained_weights(temperature: float, transport: Any, folder: str, server: str) -> None:
     """Its log-probabilities are those of the training model, in every phase, and no older policy's."""
-    watch = Watch(temperature)
-    recorder = train(make_module(folder, VLLMServerEngine([server]), temperature), 10, watch, task=LongPrompts())
+    watch, engine = Watch(temperature), VLLMServerEngine([server], transport=transport)
+    recorder = train(make_module(folder, engine, temperature), 10, watch, task=LongPrompts())
+    assert isinstance(watch.road, {"files": FileRoad, "gloo": BroadcastRoad}[transport])
     print(f"\nT={temperature}: largest |difference of log-probabilities| per phase, training model: {watch.now}")
     print(f"T={temperature}: the same, of weights one optimiser step old: {watch.stale}")
     assert len(watch.now) == 5
@@ -142,7 +232,9 @@ def test_the_server_follows_the_trained_weights(temperature: float, folder: str,
         assert metrics["engine/retries"] == 0
         assert metrics["rollout/engine_ratio_max"] < 1 + 2 * TOLERANCE
         assert metrics["rollout/engine_ratio_min"] > 1 - 2 * TOLERANCE
-    print(f"T={temperature}: seconds of pushing weights per phase: {[m['time/sync_s'] for m in recorder.metrics[::2]]}")
+    print(
+        f"T={temperature}, {transport}: seconds of pushing weights per phase: {[m['time/sync_s'] for m in recorder.metrics[::2]]}"
+    )
     lengths = torch.cat([rollout.lengths for rollout in watch.phases])
     truncated = torch.cat([rollout.truncated for rollout in watch.phases])
     assert 0 < int(truncated.sum()) < len(truncated)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,6 +171,40 @@ def test_a_server_is_on_the_ranks_own_gpu(
     engine.close()
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == [wanted]
     assert fakes[0][-1] == "--enable-sleep-mode"
+
+
+ABANDONS = """
+import os, sys, time
+from pathlib import Path
+from lit_rlvr.engines.vllm_launch import ServerProcess
+server = ServerProcess(["sleep", "100"], dict(os.environ), "", Path(sys.argv[1]))
+while b"sleep" not in Path(f"/proc/{server.process.pid}/cmdline").read_bytes():
+    time.sleep(0.01)
+print(server.process.pid, flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it")
+@pytest.mark.timeout(120)
+def test_a_run_that_is_killed_takes_its_server_with_it(tmp_path: Path) -> None:
+    """Also when it is given no chance to end it."""
+    command = [sys.executable, "-c", ABANDONS, str(tmp_path / "server.log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        server = int(run.stdout.readline())
+        assert alive(server)
+        run.kill()
+    while alive(server):
+        time.sleep(0.01)
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that nobody has asked about since it ended does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_options_out_of_range_are_refused() -> None:

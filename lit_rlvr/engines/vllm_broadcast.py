@@ -93,14 +93,14 @@ class BroadcastRoad(Road):
         pool = ThreadPoolExecutor(len(self.servers))
         calls = [pool.submit(s.call, "lit_rlvr_receive", number=number, weights=weights) for s in self.servers]
         pool.shutdown(wait=False)
+        sending = self.group.broadcast(buffer)
         try:
-            sending = self.group.broadcast(buffer)
             while not sending.is_completed():  # a server that does not take part would be waited for in vain
                 _raise(wait(calls, timeout=0.005, return_when=FIRST_EXCEPTION).done)
             _raise(wait(calls, return_when=FIRST_EXCEPTION).done)
             sending.wait()
         except BaseException:
-            self.group = None  # which ends it for the servers too
+            self.group = sending = None  # with both gone connections are closed, and nobody waits for more
             raise
 
 

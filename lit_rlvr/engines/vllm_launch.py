@@ -13,6 +13,7 @@ from pathlib import Path
 from lit_rlvr.engines.vllm_client import RECEIVER, SUPPORTED
 
 SERVER_SIDE = Path(__file__).parent / "server_side"
+END_WITH_PARENT = Path(__file__).parent / "end_with_parent.py"
 
 USAGE = "lit-rlvr serve MODEL [--python PYTHON] [--host HOST] [--port PORT] [vLLM options]"
 
@@ -62,7 +63,7 @@ def check_python(python: str) -> None:
 
 
 class ServerProcess:
-    """A vLLM server in a process of its own, which ends with :meth:`stop`.
+    """A vLLM server in a process of its own, which ends with :meth:`stop`, and on Linux with the thread that made it.
 
     Args:
         command: What starts it.
@@ -73,9 +74,10 @@ class ServerProcess:
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], address: str, output: Path) -> None:
         self.address, self.output = address, output
+        launched = [sys.executable, str(END_WITH_PARENT), str(os.getpid()), *command]
         with output.open("wb") as out:
             self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+                launched, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
             )
 
     def wait_until_ready(self, seconds: float) -> None:
