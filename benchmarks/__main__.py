@@ -101,6 +101,15 @@ def asked(given: argparse.Namespace) -> Asked:
     )  # fmt: skip
 
 
+def every(given: argparse.Namespace) -> None:
+    """Run ``all``."""
+    try:
+        sizes = benchmarks.suite.chosen(given.sizes, given.device)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    benchmarks.suite.main(sizes, given.device, given.quick)
+
+
 def through_head(given: argparse.Namespace) -> None:
     """Run ``head``."""
     benchmarks.head.main(given.work, given.device, given.repeats, given.rho, given.roads)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import suite
 from benchmarks.__main__ import asked, parser
 from benchmarks.ceilings import Ceilings, fastest, shapes
 from benchmarks.cluster import this_machine, work_of
@@ -229,6 +230,9 @@ def test_refused_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             parser().parse_args(options)
     assert "invalid choice" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="model M is not measured on cuda"):
+        suite.chosen(["M"], "cuda")
+    assert suite.chosen([], "cpu") == ["S", "M"]
     namespace = SimpleNamespace(benchmark="cluster", size="M", device="cpu", repeats=1, sides=[], ends=0)
     assert asked(SimpleNamespace(**vars(namespace), batch={}, engine={})).work == "step"  # type: ignore[arg-type]
 
