@@ -46,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
         command = sized(add(name, lambda given: benchmarks.step.main(asked(given)), about))
         command.add_argument("--sides", nargs="+", choices=SIDES, default=[], help="ours first")
         command.add_argument("--ends", type=int, default=0, help="tokens that end a response, for ragged lengths")
+        command.add_argument(
+            "--select", choices=["random", "top"], default="random", help="which tokens ours learns from"
+        )
         options(command)
 
     head = add("head", through_head, "ways through the language-model head")
@@ -63,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     floors.add_argument("--rho", type=float, default=0.2, help="share of tokens that learn")
     sized(add("memory", lambda given: benchmarks.memory.main(given.size, given.device), "explain's estimate of memory"))
     cluster = sized(add("cluster", lambda given: benchmarks.cluster.main(asked(given)), "explain's estimate of time"))
-    cluster.set_defaults(sides=list(SIDES[:2]), ends=0)
+    cluster.set_defaults(sides=list(SIDES[:2]), ends=0, select="random")
     options(cluster)
     sized(add("tune", lambda given: benchmarks.tune.main(given.size, given.device, given.repeats), "TRL's options"))
     table = add("table", lambda given: benchmarks.table.main(given.files, given.into), "Markdown tables of JSON lines")
@@ -97,7 +100,8 @@ def asked(given: argparse.Namespace) -> Asked:
     """What a comparison is of."""
     work = "step" if given.benchmark == "cluster" else given.benchmark
     return Asked(
-        work, given.size, given.device, given.repeats, tuple(given.sides), given.ends, given.batch, given.engine
+        work, given.size, given.device, given.repeats, tuple(given.sides), given.ends, given.select, given.batch,
+        given.engine,
     )  # fmt: skip
 
 
