@@ -32,10 +32,9 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    everything = add(
-        "all", lambda given: benchmarks.suite.main(given.sizes, given.quick), "every benchmark, one by one"
-    )
-    everything.add_argument("--sizes", nargs="+", choices=["S", "M"], default=["S", "M"])
+    everything = add("all", every, "every benchmark, one by one")
+    everything.add_argument("--sizes", nargs="+", choices=[*benchmarks.suite.ROUNDS], default=[], help="else all")
+    everything.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     everything.add_argument("--quick", action="store_true", help="a tiny model and one round: do the benchmarks work?")
 
     for name, about in (
@@ -98,7 +97,7 @@ def options(command: argparse.ArgumentParser) -> None:
 
 def asked(given: argparse.Namespace) -> Asked:
     """What a comparison is of."""
-    work = "step" if given.benchmark == "cluster" else given.benchmark
+    work: Any = "step" if given.benchmark == "cluster" else given.benchmark
     return Asked(
         work, given.size, given.device, given.repeats, tuple(given.sides), given.ends, given.select, given.batch,
         given.engine,

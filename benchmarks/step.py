@@ -70,7 +70,7 @@ class Asked:
 
 def sides(asked: Asked, folder: str) -> list[Side]:
     """The sides of the comparison."""
-    more = {"select": asked.select, "batch": asked.batch, "engine": asked.engine}
+    more: dict[str, Any] = {"select": asked.select, "batch": asked.batch, "engine": asked.engine}
     settings = Settings(folder, SIZES[asked.size], asked.device, asked.work, asked.ends, **more)
     tuned = replace(settings, trl=TUNED.get(asked.size, {}) if asked.device == "cpu" else {})
     saving = replace(settings, trl={"gradient_checkpointing": True})

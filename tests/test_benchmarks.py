@@ -234,6 +234,9 @@ def test_refused_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="model M is not measured on cuda"):
         suite.chosen(["M"], "cuda")
     assert suite.chosen([], "cpu") == ["S", "M"]
+    given = parser().parse_args(["all", "--device", "cuda", "--sizes", "S"])
+    with pytest.raises(SystemExit, match="error: model S is not measured on cuda"):
+        given.run(given)
     namespace = SimpleNamespace(benchmark="cluster", size="M", device="cpu", repeats=1, sides=[], ends=0, select="top")
     assert asked(SimpleNamespace(**vars(namespace), batch={}, engine={})).work == "step"  # type: ignore[arg-type]
 
