@@ -32,10 +32,9 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    everything = add(
-        "all", lambda given: benchmarks.suite.main(given.sizes, given.quick), "every benchmark, one by one"
-    )
-    everything.add_argument("--sizes", nargs="+", choices=["S", "M"], default=["S", "M"])
+    everything = add("all", every, "every benchmark, one by one")
+    everything.add_argument("--sizes", nargs="+", choices=[*benchmarks.suite.ROUNDS], default=[], help="else all")
+    everything.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     everything.add_argument("--quick", action="store_true", help="a tiny model and one round: do the benchmarks work?")
 
     for name, about in (
@@ -46,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
         command = sized(add(name, lambda given: benchmarks.step.main(asked(given)), about))
         command.add_argument("--sides", nargs="+", choices=SIDES, default=[], help="ours first")
         command.add_argument("--ends", type=int, default=0, help="tokens that end a response, for ragged lengths")
+        command.add_argument(
+            "--select", choices=["random", "top"], default="random", help="which tokens ours learns from"
+        )
         options(command)
 
     head = add("head", through_head, "ways through the language-model head")
@@ -63,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     floors.add_argument("--rho", type=float, default=0.2, help="share of tokens that learn")
     sized(add("memory", lambda given: benchmarks.memory.main(given.size, given.device), "explain's estimate of memory"))
     cluster = sized(add("cluster", lambda given: benchmarks.cluster.main(asked(given)), "explain's estimate of time"))
-    cluster.set_defaults(sides=list(SIDES[:2]), ends=0)
+    cluster.set_defaults(sides=list(SIDES[:2]), ends=0, select="random")
     options(cluster)
     sized(add("tune", lambda given: benchmarks.tune.main(given.size, given.device, given.repeats), "TRL's options"))
     table = add("table", lambda given: benchmarks.table.main(given.files, given.into), "Markdown tables of JSON lines")
@@ -95,10 +97,20 @@ def options(command: argparse.ArgumentParser) -> None:
 
 def asked(given: argparse.Namespace) -> Asked:
     """What a comparison is of."""
-    work = "step" if given.benchmark == "cluster" else given.benchmark
+    work: Any = "step" if given.benchmark == "cluster" else given.benchmark
     return Asked(
-        work, given.size, given.device, given.repeats, tuple(given.sides), given.ends, given.batch, given.engine
+        work, given.size, given.device, given.repeats, tuple(given.sides), given.ends, given.select, given.batch,
+        given.engine,
     )  # fmt: skip
+
+
+def every(given: argparse.Namespace) -> None:
+    """Run ``all``."""
+    try:
+        sizes = benchmarks.suite.chosen(given.sizes, given.device)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    benchmarks.suite.main(sizes, given.device, given.quick)
 
 
 def through_head(given: argparse.Namespace) -> None:

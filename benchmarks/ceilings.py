@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def measure(size: Size, device: str) -> Ceilings:
         a = torch.randn(rows, inner, dtype=dtype, device=device)
         b = torch.randn(outer, inner, dtype=dtype, device=device).T
         out = torch.empty(rows, outer, dtype=dtype, device=device)
-        products[name] = 2.0 * rows * inner * outer / fastest(clock, lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+        products[name] = 2.0 * rows * inner * outer / fastest(clock, partial(torch.mm, a, b, out=out))
     source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * COPIED / fastest(clock, lambda: target.copy_(source))

@@ -34,7 +34,7 @@ class Clock:
     def since(self, start: Any) -> float:
         """Seconds from ``start`` to now."""
         if not self.cuda:
-            return time.process_time() - start
+            return float(time.process_time() - start)
         end = self.now()
         torch.cuda.synchronize()
         return float(start.elapsed_time(end)) / 1000

@@ -28,7 +28,8 @@ def estimated(settings: Settings) -> Any:
 def largest(record: profile) -> int:
     """The most bytes that were held at a time, from the profiler's record of what came and went."""
     assert record.profiler is not None
-    events = record.profiler.kineto_results.events()
+    results: Any = record.profiler.kineto_results
+    events = results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     now = peak = 0
     for _, change in changes:

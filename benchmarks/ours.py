@@ -97,7 +97,7 @@ def module_of(settings: Settings) -> RLVRModule:
 def fit(settings: Settings, module: RLVRModule, callbacks: list[Callback], max_steps: int) -> None:
     """Train, with as many of the tokens as the settings say."""
     if settings.rho < 1:
-        callbacks = [*callbacks, EntropyTopK(rho=settings.rho)]
+        callbacks = [*callbacks, EntropyTopK(rho=settings.rho, select=settings.select)]
     task = Benchmark(tuple(questions(settings.size, 64 * settings.size.prompts)))
     trainer = pl.Trainer(
         accelerator="cpu" if settings.device == "cpu" else "gpu",

@@ -19,7 +19,8 @@ class Settings:
         device: ``cpu`` or ``cuda``.
         work: A whole ``step``; a ``rollout`` alone; or to ``train`` on responses that are there already.
         ends: Tokens that end a response.
-        rho: Share of tokens that learn, those of highest entropy.
+        rho: Share of tokens that learn.
+        select: Which of them do on our side, a word of ``EntropyTopK.select``.
         engine: More options of our engine.
         batch: More options of our batch.
         module: More options of our module.
@@ -32,6 +33,7 @@ class Settings:
     work: Literal["step", "rollout", "train"] = "step"
     ends: int = 0
     rho: float = 0.2
+    select: Literal["random", "top"] = "random"
     engine: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, Any] = field(default_factory=dict)
     module: dict[str, Any] = field(default_factory=dict)

@@ -47,6 +47,7 @@ class Asked:
         repeats: Rounds that count.
         sides: Ours first.
         ends: Tokens that end a response.
+        select: Which tokens learn on our side.
         batch: More options of our batch.
         engine: More options of our engine.
     """
@@ -57,6 +58,7 @@ class Asked:
     repeats: int = 5
     sides: tuple[str, ...] = ()
     ends: int = 0
+    select: Literal["random", "top"] = "random"
     batch: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
 
@@ -68,9 +70,8 @@ class Asked:
 
 def sides(asked: Asked, folder: str) -> list[Side]:
     """The sides of the comparison."""
-    settings = Settings(
-        folder, SIZES[asked.size], asked.device, asked.work, asked.ends, batch=asked.batch, engine=asked.engine
-    )
+    more: dict[str, Any] = {"select": asked.select, "batch": asked.batch, "engine": asked.engine}
+    settings = Settings(folder, SIZES[asked.size], asked.device, asked.work, asked.ends, **more)
     tuned = replace(settings, trl=TUNED.get(asked.size, {}) if asked.device == "cpu" else {})
     saving = replace(settings, trl={"gradient_checkpointing": True})
     every = {
@@ -96,7 +97,9 @@ def main(asked: Asked, ceilings: Ceilings | None = None) -> list[Side]:
     """Compare and print."""
     every = run(asked)
     ours = every[0]
-    common: dict[str, Any] = {"size": asked.size, "ends": asked.ends, "repeats": asked.repeats}
+    common: dict[str, Any] = {
+        "size": asked.size, "ends": asked.ends, "select": asked.select, "repeats": asked.repeats
+    }  # fmt: skip
     if asked.batch or asked.engine:
         common |= {"batch": asked.batch, "engine": asked.engine}
     for side in every:

@@ -11,26 +11,43 @@ from benchmarks.processes import launch
 from benchmarks.settings import Settings
 from benchmarks.step import Asked
 
-ROUNDS: dict[str, dict[str, int]] = {
+SIZES_OF = {"cpu": ("S", "M"), "cuda": ("0.6B", "1.7B")}
+"""Models of each kind of device, small ones first."""
+ROUNDS = {
     "S": {"step": 5, "rollout": 5, "train": 5, "scaling": 3},
     "M": {"step": 2, "rollout": 1, "train": 1, "scaling": 1},
-    "tiny": {"step": 1, "rollout": 1, "train": 1, "scaling": 1},
+    "0.6B": {"step": 3, "rollout": 3, "train": 3, "scaling": 2},
+    "1.7B": {"step": 2, "rollout": 2, "train": 2, "scaling": 1},
 }
-"""Rounds that count, so that both models together take a quarter of an hour on two cores."""
-RAGGED = {"S": 8, "M": 768}
-"""Tokens that end a response, for responses of some 64 tokens in the mean if there were no limit."""
+"""Rounds that count, so that both models of a CPU together take a quarter of an hour on two cores."""
 
 
-def compared(size: str) -> None:
-    """Everything about one of the two models."""
-    ceilings, rounds = measured(SIZES[size], "cpu"), ROUNDS[size]
-    floors.main(size, Settings("", SIZES[size]), ceilings)
-    cluster.compare(size, step.main(Asked("step", size, repeats=rounds["step"]), ceilings), ceilings)
+def compared(name: str, device: str) -> None:
+    """Everything that is against TRL or against the machine, about one model."""
+    size, rounds = SIZES[name], ROUNDS[name]
+    ceilings = measured(size, device)
+    floors.main(name, Settings("", size, device), ceilings)
+    cluster.compare(name, step.main(Asked("step", name, device, rounds["step"]), ceilings), ceilings)
     works: tuple[Literal["rollout", "train"], ...] = ("rollout", "train")
     for work in works:
-        ragged = Asked(work, size, repeats=rounds[work], sides=("lit-rlvr", "TRL"), ends=RAGGED[size])
-        step.main(ragged, ceilings)
-    memory.main(size, "cpu")
+        ends = size.vocabulary // size.new_tokens  # lengths that would have the limit as their mean
+        step.main(Asked(work, name, device, rounds[work], ("lit-rlvr", "TRL"), ends))
+    memory.main(name, device)
+
+
+def alone(name: str, device: str) -> None:
+    """What is about our own code alone."""
+    rounds = ROUNDS[name]["scaling"]
+    of = ["rho"] if name == "M" else ["length", "rows", "rho"]
+    scaling.main(name, device, rounds, of, {}, longest=1024)
+    if name == "S":
+        head.main("49k", device, 2, 0.2)
+    elif name == "M":
+        scaling.main("wide", device, 1, ["rho"], {}, longest=0)
+        head.main("152k", device, 2, 0.2, ("full", "selected"))
+    elif name == "0.6B":
+        for work in ("49k", "152k"):
+            head.main(work, device, 5, 0.2)
 
 
 def quick() -> None:
@@ -47,22 +64,28 @@ def quick() -> None:
     memory.main("tiny", "cpu")
 
 
-def main(sizes: list[str], quickly: bool) -> None:
+def chosen(sizes: list[str], device: str) -> list[str]:
+    """The models that are asked for; none asked for: those of the device.
+
+    Raises:
+        ValueError: For a model of the other kind of device.
+    """
+    if other := [size for size in sizes if size not in SIZES_OF[device]]:
+        raise ValueError(f"model {other[0]} is not measured on {device}; {' and '.join(SIZES_OF[device])} are")
+    return sizes or [*SIZES_OF[device]]
+
+
+def main(sizes: list[str], device: str, quickly: bool) -> None:
     """Run them.
 
     Args:
-        sizes: Of S and M.
+        sizes: Names of models.
+        device: ``cpu`` or ``cuda``.
         quickly: Only see whether they work.
     """
     if quickly:
         quick()
         return
     for size in sizes:
-        compared(size)
-    if "S" in sizes:
-        scaling.main("S", "cpu", ROUNDS["S"]["scaling"], ["length", "rows", "rho"], {}, longest=1024)
-        head.main("49k", "cpu", 2, 0.2)
-    if "M" in sizes:
-        scaling.main("M", "cpu", ROUNDS["M"]["scaling"], ["rho"], {}, longest=0)
-        scaling.main("wide", "cpu", 1, ["rho"], {}, longest=0)
-        head.main("152k", "cpu", 2, 0.2, ("full", "selected"))
+        compared(size, device)
+        alone(size, device)

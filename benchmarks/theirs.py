@@ -21,7 +21,7 @@ from benchmarks.settings import Settings
 GRPO: Any = GRPOConfig
 
 
-class Gated(TrainerCallback):  # type: ignore[misc]
+class Gated(TrainerCallback):
     """Lets each optimiser step wait at the gate."""
 
     def __init__(self, gate: Gate) -> None:
@@ -49,7 +49,8 @@ def trainer_of(settings: Settings, callbacks: list[Any]) -> Any:
         num_generations=size.responses, max_completion_length=size.new_tokens, max_steps=10_000,
         top_entropy_quantile=settings.rho, disable_tqdm=True, **options,
     )  # fmt: skip
-    return GRPOTrainer(
+    trainer: Any = GRPOTrainer
+    return trainer(
         model=AutoModelForCausalLM.from_pretrained(settings.folder, dtype=settings.dtype),
         reward_funcs=rewards,
         args=config,

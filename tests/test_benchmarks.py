@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import suite
 from benchmarks.__main__ import asked, parser
 from benchmarks.ceilings import Ceilings, fastest, shapes
 from benchmarks.cluster import this_machine, work_of
@@ -171,6 +172,7 @@ def test_the_command_line_reaches_every_side() -> None:
         assert (one.settings.work, one.settings.ends, one.settings.size) == ("train", 3, SIZES["M"])
         assert Settings.read(one.settings.written()) == one.settings
     assert isinstance(ours.settings, Settings)
+    assert ours.settings.select == "random"
     assert (ours.settings.micro_tokens, ours.settings.engine) == (64, {"max_rows": 2})
     assert tuned.environment
     assert not theirs.environment
@@ -229,7 +231,13 @@ def test_refused_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             parser().parse_args(options)
     assert "invalid choice" in capsys.readouterr().err
-    namespace = SimpleNamespace(benchmark="cluster", size="M", device="cpu", repeats=1, sides=[], ends=0)
+    with pytest.raises(ValueError, match="model M is not measured on cuda"):
+        suite.chosen(["M"], "cuda")
+    assert suite.chosen([], "cpu") == ["S", "M"]
+    given = parser().parse_args(["all", "--device", "cuda", "--sizes", "S"])
+    with pytest.raises(SystemExit, match="error: model S is not measured on cuda"):
+        given.run(given)
+    namespace = SimpleNamespace(benchmark="cluster", size="M", device="cpu", repeats=1, sides=[], ends=0, select="top")
     assert asked(SimpleNamespace(**vars(namespace), batch={}, engine={})).work == "step"  # type: ignore[arg-type]
 
 
