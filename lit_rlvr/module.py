@@ -49,6 +49,7 @@ from lit_rlvr.phase import Phase, run_phase
 from lit_rlvr.policy import Policy, load_policy
 from lit_rlvr.reduce import Reduce, default_reduce
 from lit_rlvr.refine import of_mini_batch
+from lit_rlvr.scoring import autocast_of
 from lit_rlvr.settings import Batch, Evaluation
 from lit_rlvr.shaping import DynamicSampling, OverlongPenalty
 from lit_rlvr.sharding import open_model, whole_weights
@@ -140,7 +141,8 @@ class RLVRModule(EvaluationSteps):
     def on_train_batch_start(self, batch: Ticket, batch_idx: int) -> None:
         """Run a rollout phase when its first optimiser step is due, and take the step's mini-batch."""
         if batch.minibatch == 0:
-            self.phase = run_phase(self, batch.phase, self.reduce)
+            with autocast_of(self.trainer):
+                self.phase = run_phase(self, batch.phase, self.reduce)
             self._metrics = dict(self.phase.metrics)
         if self.phase is None:
             raise RuntimeError(
@@ -154,7 +156,8 @@ class RLVRModule(EvaluationSteps):
             # gradient there, but one of full size and random sign an epsilon beside it.
             mini = replace(mini, own_old=True)
         self.ctx = self.phase.context(self.trainer.global_step)
-        self._mini = of_mini_batch(self, mini, self.ctx, moved=moved)
+        with autocast_of(self.trainer):
+            self._mini = of_mini_batch(self, mini, self.ctx, moved=moved)
 
     def training_step(self, batch: Ticket, batch_idx: int) -> Tensor:
         """One optimiser step on one mini-batch, micro-batch by micro-batch.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from lit_rlvr.microbatch import cut
@@ -46,3 +49,12 @@ def engine_is_exact(module: RLVRModule) -> bool:
     """Whether the engine reports the training forward's own log-probabilities, at the run's dtype and strategy."""
     trainer = module.trainer
     return module.engine.exact(compute_precision(trainer.strategy, module.dtype_name, str(trainer.precision)))
+
+
+def autocast_of(trainer: Trainer) -> AbstractContextManager[None]:
+    """The autocast of a mixed precision, in which training steps run but hooks do not.
+
+    Old log-probabilities that were scored outside of it would be those of another model than the one that learns.
+    """
+    plugin = trainer.precision_plugin
+    return plugin.forward_context() if isinstance(plugin, MixedPrecision) else nullcontext()

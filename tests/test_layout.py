@@ -11,14 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollouts import padded
-from tiny_models import VOCABULARY, build
+from tiny_models import ROPE, VOCABULARY, build
 from torch import Tensor
 from torch.nn.functional import rms_norm
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from lit_rlvr.layout import Layout, check_packs, choose_layout
+from lit_rlvr.layout import KNOWN, Layout, check_packs, choose_layout
 from lit_rlvr.microbatch import MicroBatch, cut
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import LocalReduce
@@ -152,6 +153,27 @@ def test_families(family: str, layout: Layout) -> None:
     """Untied heads, learnt positions, windows of 4 tokens in every other layer, scaled logits."""
     rollout = ragged([3, 1, 4], 5)
     check(float64(family), rollout, choose(rollout, 0.5, 5), layout, exact=family in ("llama", "gpt2"))
+
+
+@pytest.mark.parametrize("kind", ["gemma", "mistral", "phi3", "qwen2", "smollm3"])
+def test_kinds_that_share_unless_told_otherwise(kind: str) -> None:
+    """The rest of those that KNOWN names; Mistral with a window, SmolLM3 without positions in every other layer."""
+    more: dict[str, Any] = {"mistral": {"sliding_window": 4}, "smollm3": {"no_rope_layer_interval": 2}}.get(kind, {})
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ROPE, **more)).double()
+    policy = Policy(hf)
+    policy.layout = choose_layout(hf, None)
+    assert policy.layout == "shared"
+    check_packs(hf)
+    rollout = ragged([3, 1, 4], 5)
+    for layout in LAYOUTS:
+        check(policy, rollout, choose(rollout, 0.5, 5), layout, exact=False)
+
+
+def test_every_known_kind_is_tested() -> None:
+    """Here by name, or among the families above."""
+    assert set(KNOWN) == {
+        "qwen3", "llama", "gpt2", "gemma3_text", "granite", "gemma", "mistral", "phi3", "qwen2", "smollm3",
+    }  # fmt: skip
 
 
 def test_gradient_checkpointing(qwen3: Policy) -> None:
