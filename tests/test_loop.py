@@ -227,6 +227,6 @@ def test_old_log_probabilities_are_those_of_mixed_precision() -> None:
     sizes = Batch(prompts=8, responses=4, minibatch_prompts=4)
     module = tiny_module(dtype="float32", optimizer=lambda p: torch.optim.SGD(p, lr=0.0), batch=sizes)
     metrics = train(module, 2, EntropyTopK(rho=1.0), precision="bf16-mixed").metrics[1]
-    # Which rows are multiplied together may change the last bit of a float32 sum; bfloat16 would change the third digit.
+    # Which rows are multiplied together may change the last bit of a float32 sum; bfloat16 changes the third digit.
     assert metrics["train/ratio_max"] == pytest.approx(1, abs=1e-5)
     assert metrics["train/ratio_min"] == pytest.approx(1, abs=1e-5)

@@ -83,7 +83,7 @@ class Watch(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch.minibatch == 1:  # the weights at a phase's second step are older than the next phase's by one step
-            self._before = load_policy(pl_module.model)
+            self._before = load_policy(pl_module.model, lora=pl_module.lora)
             self._before.load_state_dict(pl_module.policy.state_dict())
 
 
@@ -192,9 +192,7 @@ def test_a_phase_is_sampled_while_the_one_before_learns(folder: str, server: str
     spans = Spans()
     module = make_module(folder, spans.watch(VLLMServerEngine([server])), 1.0, overlap=True)
     recorder = train(module, 12, spans, TruncatedImportance(), task=LongPrompts())
-    print(
-        f"\noverlap: largest |difference of log-probabilities| from the weights before, from the current: {spans.stale}"
-    )
+    print(f"\noverlap: largest |difference of log-probabilities| from weights before, current ones: {spans.stale}")
     ahead = [f"{a - b:.3f} s" for (_, b), (a, _) in zip(spans.learnt, spans.asked[1:], strict=False)]
     print(f"overlap: from the end of learning a phase to the beginning of sampling the next: {ahead}")
     print(f"overlap: waited {[round(m['time/wait_s'], 3) for m in recorder.metrics[::2]]} s")
@@ -213,7 +211,8 @@ def test_it_learns(overlap: bool, folder: str, server: str) -> None:
     recorder = train(module, 60, *([TruncatedImportance()] if overlap else []), task=LongPrompts())
     rewards = [m["rollout/reward"] for m in recorder.metrics[::2]]
     print(f"\noverlap={overlap}: reward per phase: {[round(r, 2) for r in rewards]}")
-    assert sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.2
+    assert rewards[0] < 0.75
+    assert min(rewards[-6:]) > 0.9
 
 
 @pytest.mark.parametrize(("temperature", "transport"), [(1.0, "files"), (0.7, "gloo")])
@@ -232,8 +231,13 @@ def test_the_server_follows_the_trained_weights(temperature: float, transport: A
         assert metrics["engine/retries"] == 0
         assert metrics["rollout/engine_ratio_max"] < 1 + 2 * TOLERANCE
         assert metrics["rollout/engine_ratio_min"] > 1 - 2 * TOLERANCE
+<<<<<<< HEAD
     seconds = [metrics["time/sync_s"] for metrics in recorder.metrics[::2]]
     print(f"T={temperature}, {transport}: seconds of pushing weights per phase: {seconds}")
+=======
+    pushing = [m["time/sync_s"] for m in recorder.metrics[::2]]
+    print(f"T={temperature}, {transport}: seconds of pushing weights per phase: {pushing}")
+>>>>>>> overlap
     lengths = torch.cat([rollout.lengths for rollout in watch.phases])
     truncated = torch.cat([rollout.truncated for rollout in watch.phases])
     assert 0 < int(truncated.sum()) < len(truncated)

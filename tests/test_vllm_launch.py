@@ -284,7 +284,8 @@ def test_an_update_is_broadcast(worker: Any) -> None:
     with ThreadPoolExecutor(4) as pool:
         joining = pool.submit(worker.lit_rlvr_join, host="127.0.0.1", port=store.port, first=2, **options)
         rest = {"address": "127.0.0.1", "device": torch.device("cpu"), **options}
-        groups = [pool.submit(Group, store, rank, **rest) for rank in (1, 2)]
+        stores = [dist.TCPStore("127.0.0.1", store.port, is_master=False) for _ in range(2)]
+        groups = [pool.submit(Group, other, rank, **rest) for rank, other in enumerate(stores, start=1)]
         ours = Group(store, 0, **rest)
         others = [group.result() for group in groups]
         assert joining.result() == {}

@@ -12,10 +12,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lit_rlvr.engines.server_side.lit_rlvr_worker import Group, own_address, places, unpack
+from lit_rlvr.engines.server_side.lit_rlvr_worker import Group, dist, own_address, places, unpack
 from lit_rlvr.engines.vllm_client import Served, VLLMClient, is_here
 from lit_rlvr.engines.vllm_push import FileRoad, Road
 

@@ -16,8 +16,10 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+dist: Any = torch.distributed
+"""Its annotations leave some of its classes out."""
 
 PROTOCOL = 2
 """Raised whenever the methods below change; the trainer refuses a server with another number."""
