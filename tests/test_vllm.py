@@ -231,13 +231,8 @@ def test_the_server_follows_the_trained_weights(temperature: float, transport: A
         assert metrics["engine/retries"] == 0
         assert metrics["rollout/engine_ratio_max"] < 1 + 2 * TOLERANCE
         assert metrics["rollout/engine_ratio_min"] > 1 - 2 * TOLERANCE
-<<<<<<< HEAD
-    seconds = [metrics["time/sync_s"] for metrics in recorder.metrics[::2]]
-    print(f"T={temperature}, {transport}: seconds of pushing weights per phase: {seconds}")
-=======
     pushing = [m["time/sync_s"] for m in recorder.metrics[::2]]
     print(f"T={temperature}, {transport}: seconds of pushing weights per phase: {pushing}")
->>>>>>> overlap
     lengths = torch.cat([rollout.lengths for rollout in watch.phases])
     truncated = torch.cat([rollout.truncated for rollout in watch.phases])
     assert 0 < int(truncated.sum()) < len(truncated)
