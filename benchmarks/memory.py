@@ -22,11 +22,17 @@ def cases(settings: Settings) -> Iterator[Settings]:
     yield replace(settings, work="step")
 
 
-def main(name: str, device: str) -> None:
-    """Compare and print."""
+def main(name: str, device: str, most: int | None = None) -> None:
+    """Compare and print.
+
+    Args:
+        name: The model.
+        device: ``cpu`` or ``cuda``.
+        most: Cases at the most; null: all.
+    """
     size = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
-        every = list(cases(Settings(str(write(size, Path(folder))), size, device)))
+        every = list(cases(Settings(str(write(size, Path(folder))), size, device)))[:most]
         with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:  # bytes are no other for a busy machine
             results = list(pool.map(lambda case: answer("memory_side", case.written()), every))
         for settings, both in zip(every, results, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,16 @@ def in_rho(name: str, settings: Settings, shares: Iterable[float], repeats: int)
         )  # fmt: skip
 
 
-def main(name: str, device: str, repeats: int, of: list[str], batch: dict[str, Any], longest: int) -> None:
+def main(
+    name: str,
+    device: str,
+    repeats: int,
+    of: list[str],
+    batch: dict[str, Any],
+    longest: int,
+    prompts: Sequence[int] = PROMPTS,
+    shares: Sequence[float] = SHARES,
+) -> None:
     """Measure and print.
 
     Args:
@@ -79,6 +88,8 @@ def main(name: str, device: str, repeats: int, of: list[str], batch: dict[str, A
         of: ``length``, ``rows`` or ``rho``.
         batch: More options of our batch.
         longest: Longest responses of ``length``.
+        prompts: Numbers of prompts of ``rows``.
+        shares: Of tokens that learn, of ``rho``; all of them first.
     """
     size = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -87,6 +98,6 @@ def main(name: str, device: str, repeats: int, of: list[str], batch: dict[str, A
             lengths = [length for length in LENGTHS if length <= longest] or [size.new_tokens, 2 * size.new_tokens]
             in_tokens(name, settings, by_length(size, lengths), "length", repeats)
         if "rows" in of:
-            in_tokens(name, settings, by_rows(size, PROMPTS), "rows", repeats)
+            in_tokens(name, settings, by_rows(size, prompts), "rows", repeats)
         if "rho" in of:
-            in_rho(name, settings, SHARES, repeats)
+            in_rho(name, settings, shares, repeats)

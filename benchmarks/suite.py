@@ -60,8 +60,9 @@ def quick() -> None:
     step.main(Asked("rollout", "tiny", repeats=1, sides=sides, ends=16))
     step.main(Asked("train", "tiny", repeats=1, sides=sides), ceilings)
     head.main("tiny", "cpu", 1, 0.2)
-    scaling.main("tiny", "cpu", 1, ["length", "rows", "rho"], {}, longest=8)
-    memory.main("tiny", "cpu")
+    of = ["length", "rows", "rho"]
+    scaling.main("tiny", "cpu", 1, of, {}, longest=8, prompts=(1, 2), shares=(1.0, 0.2))
+    memory.main("tiny", "cpu", most=1)
 
 
 def chosen(sizes: list[str], device: str) -> list[str]:
