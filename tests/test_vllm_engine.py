@@ -220,7 +220,7 @@ def test_files_replace_a_broadcast_that_does_not_come_about(
 
 
 def test_servers_elsewhere_are_sent_a_broadcast() -> None:
-    """Files need a folder that both sides see, a broadcast does not; on one machine shared memory is as good."""
+    """Files need a folder that both sides see, a broadcast does not; on one machine shared memory is faster."""
     ways = {}
     for host in ("127.0.0.1", "node7"):
         for folder in (None, "/shared"):
