@@ -113,7 +113,7 @@ def make(address: str, overlap: bool = True, **options: Any) -> RLVRModule:
 def fit(module: RLVRModule, phases: int, *callbacks: Callback, resume: Path | None = None) -> Recorder:
     recorder = Recorder()
     trainer = tiny_trainer(phases * UPDATES, [*callbacks, recorder, TruncatedImportance()])
-    trainer.fit(module, datamodule=RLVRDataModule(EvenTask()), ckpt_path=resume, weights_only=True)
+    trainer.fit(module, datamodule=RLVRDataModule(EvenTask(), eval_prompts=4), ckpt_path=resume, weights_only=True)
     return recorder
 
 
