@@ -137,6 +137,7 @@ def test_an_evaluation_is_as_long_as_training_unless_it_says_otherwise() -> None
     module: Any = SimpleNamespace(
         engine=SimpleNamespace(generate=generate, sync=lambda *_: None),
         trainer=SimpleNamespace(global_step=0),
+        ahead=None,
         reduce=None,
         sampling=Sampling(max_new_tokens=7),
         policy=None,

@@ -146,7 +146,7 @@ def test_each_set_is_reported_and_their_mean_weighs_sets_alike() -> None:
     ]
     data = type("Data", (), {"verifier": fixed})
     facts = {"engine": fixed, "policy": None, "tokenizer": fixed, "seed": 0, "data": data, "reduce": None}
-    facts["sampling"] = Sampling()
+    facts |= {"sampling": Sampling(), "ahead": None}
     module: Any = type("Module", (), {**facts, "trainer": type("Trainer", (), {"global_step": 0})})
     evaluator = Evaluator({"way": Evaluation(samples=2)})
     for _ in range(2):  # the second evaluation begins afresh

@@ -85,7 +85,7 @@ def test_learning_is_logged_at_every_optimiser_step(run: Run, client: MlflowClie
     logged = names(run, "train/")
     assert logged == {
         "loss", "tokens", "ratio", "ratio_max", "ratio_min", "clip_low", "clip_high", "kl_old", "entropy", "grad_norm",
-        "lr", "skipped_steps",
+        "lr", "skipped_steps", "skipped_rows", "padding",
     }  # fmt: skip
     for name in logged:
         assert list(history(client, run, f"train/{name}")) == [1, 2, 3, 4], name
