@@ -222,7 +222,15 @@ def memory_of(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, Any]
         critic=facts.critic,
         gathered_dtype=asked["strategy"].param_dtype if isinstance(asked.get("strategy"), FSDP2Strategy) else None,
         adapters=None if module.lora is None else adapter_parameters(facts.config, module.lora),
+        packed=packs(module, asked),
     )
+
+
+def packs(module: Any, asked: dict[str, Any]) -> bool:
+    """Whether rollouts are decoded with packed copies of the weights, as on a CPU."""
+    engine, plain = module.engine, str(asked.get("precision") or "32-true") in ("32-true", "32")
+    here = asked.get("accelerator") == "cpu" and module.dtype_name == "float32" and plain
+    return here and isinstance(engine, InProcessEngine) and engine.pack_weights
 
 
 def work_of(module: Any, chain: list[CreditCallback], cluster: Cluster, facts: Facts) -> Work:

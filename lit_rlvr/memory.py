@@ -38,7 +38,7 @@ class Memory:
         optimizer: The optimizer's state.
         activations: What the largest micro-batch keeps for its backward pass.
         head: Logits of one chunk and the head's gradient in float32.
-        cache: Keys and values of the rollout, and the logits of one decoding step.
+        cache: Keys and values of the rollout, the logits of one decoding step, and packed copies of the weights.
         gathered: The whole weights during the rollout, where each device holds a part of them otherwise.
         critic: The value model and its optimizer's state.
         critic_step: Its gradients, and the activations of its own micro-batch: the policy's last is still there.
@@ -87,6 +87,7 @@ def estimate(
     critic: Any = None,
     adapters: int | None = None,
     gathered_dtype: str | None = None,
+    packed: bool = False,
 ) -> Memory:
     """Estimate the memory of one device.
 
@@ -106,6 +107,7 @@ def estimate(
         adapters: Parameters of adapters that are trained instead of the weights; what they add to the activations is
             not counted. Null: the weights are trained.
         gathered_dtype: Dtype of the whole copy that a sharded policy samples with; null: ``dtype``.
+        packed: Whether rollouts are decoded with packed copies of the weights.
     """
     text, size = config.get_text_config(), DTYPES[dtype].itemsize
     activations, parameters = _counted(config, dtype, micro_rows, width, gradient_checkpointing)
@@ -132,7 +134,7 @@ def estimate(
         optimizer=states * trained,
         activations=activations,
         head=min(head_rows, micro_rows * width) * logits + head_gradient,
-        cache=rollout_rows * (width * per_token + logits),
+        cache=rollout_rows * (width * per_token + logits) + packed * parameters * size,
         gathered=parameters * DTYPES[gathered_dtype or dtype].itemsize if sharded else 0,
         critic=(1 + states) * values,
         critic_step=values + value_activations,

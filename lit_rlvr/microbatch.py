@@ -14,6 +14,9 @@ from lit_rlvr.segments import Pack
 from lit_rlvr.split import split_prompts, split_rows
 from lit_rlvr.types import RolloutBatch
 
+LARGEST_MASK = 2**22
+"""Elements of a mask up to which responses share their prompt: 16 MB in float32, for some 2,000 tokens."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -70,7 +73,7 @@ def lay_out(
     if layout == "padded":
         ids, before, first, padding = _padded(rollout, rows, entering)
     else:
-        same = same_prompt(rollout, rows) if layout == "shared" else torch.arange(len(rows))
+        same = sharing(rollout, rows, entering.sum(-1), layout)
         prompts = [rollout.prompt_ids[row][rollout.prompt_mask[row]] for row in rows]
         responses = [rollout.response_ids[row][enter] for row, enter in zip(rows, entering, strict=True)]
         ids, before, first, pack = pack_rows(prompts, responses, same.tolist())
@@ -99,11 +102,26 @@ def empty(device: torch.device) -> MicroBatch:
     return MicroBatch(torch.zeros(1, 1, dtype=torch.int64, device=device), nothing, nothing, nothing, nothing)
 
 
-def same_prompt(rollout: RolloutBatch, rows: Tensor) -> Tensor:
-    """A number per row [n]; rows have the same one if, and only if, they have the same prompt."""
-    tokens = rollout.prompt_ids[rows].masked_fill(~rollout.prompt_mask[rows], -1)
+def sharing(rollout: RolloutBatch, rows: Tensor, responses: Tensor, layout: Layout) -> Tensor:
+    """A number per row [n]; rows of one number share their prompt.
+
+    Those have the same prompt, and are short: a shared prompt takes a mask of response x (prompt + response), which
+    would cost a long response more than its prompt does.
+
+    Args:
+        rollout: The facts.
+        rows: Which of its rows [n].
+        responses: Response tokens of each that enter the forward pass [n].
+        layout: How rows are laid out; only ``shared`` shares.
+    """
+    alone = torch.arange(len(rows))
+    if layout != "shared":
+        return alone
+    mask = rollout.prompt_mask[rows]
+    tokens = rollout.prompt_ids[rows].masked_fill(~mask, -1)
     same: Tensor = torch.unique(tokens, dim=0, return_inverse=True)[1]
-    return same
+    long = responses * (mask.sum(-1) + responses) > LARGEST_MASK
+    return torch.where(long, len(rows) + alone, same)
 
 
 def cut(
@@ -135,7 +153,7 @@ def cut(
     elif layout == "padded":
         parts = [rows[part] for part in split_rows(prompts + responses, budget)]
     else:
-        same = same_prompt(rollout, rows) if layout == "shared" else torch.arange(len(rows))
+        same = sharing(rollout, rows, responses, layout)
         parts = [rows[part] for part in split_prompts(prompts, responses, same, budget)]
     number = max(1, int(reduce.max(torch.tensor(len(parts)))))
     micros = [lay_out(rollout, part, chosen, device, layout) for part in parts]

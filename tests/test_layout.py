@@ -155,6 +155,24 @@ def test_families(family: str, layout: Layout) -> None:
     check(float64(family), rollout, choose(rollout, 0.5, 5), layout, exact=family in ("llama", "gpt2"))
 
 
+@pytest.mark.parametrize("largest", [0, 30, 10**6])
+def test_long_responses_share_no_prompt(qwen3: Policy, monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
+    """Whose mask would be large; what they and the others learn is the same, and no mask is larger than that."""
+    monkeypatch.setattr("lit_rlvr.microbatch.LARGEST_MASK", largest)
+    rollout = ragged([3, 1, 4], 5)
+    chosen = choose(rollout, 0.5, 5)
+    check(qwen3, rollout, chosen, "shared", budget=20)
+    parts = [
+        part
+        for micro, _ in cut(rollout, chosen, 10**6, None, CPU, LocalReduce(), "shared")
+        if micro.pack is not None
+        for part in micro.pack.parts
+        if part.prompts is not None
+    ]
+    assert all(part.lengths[0] * (part.prompts[2] + part.lengths[0]) <= largest for part in parts if part.prompts)
+    assert bool(parts) == (largest > 0)
+
+
 @pytest.mark.parametrize("kind", ["gemma", "mistral", "phi3", "qwen2", "smollm3"])
 def test_kinds_that_share_unless_told_otherwise(kind: str) -> None:
     """The rest of those that KNOWN names; Mistral with a window, SmolLM3 without positions in every other layer."""
