@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
+from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,32 +25,16 @@ def split_rows(lengths: Tensor, budget: int) -> list[Tensor]:
     return parts
 
 
-def fill(costs: Sequence[int], budget: int) -> list[list[int]]:
-    """Spread items over the fewest bins found that stay within ``budget``, evenly; the fullest bin comes first.
-
-    An item above the budget has a bin of its own.
-
-    >>> fill([4, 3, 2, 2, 1], budget=6)
-    [[0, 3], [1, 2, 4]]
-    """
-    order = sorted(range(len(costs)), key=lambda i: -costs[i])
-    # No fewer can do: by their sum, and because two items above half the budget never go together.
-    number = max(1, -(-sum(min(cost, budget) for cost in costs) // budget), sum(2 * c > budget for c in costs))
-    while True:
-        bins = [(0, i, list[int]()) for i in range(number)]
-        for item in order:  # the largest first, each to the emptiest bin
-            total, i, members = heapq.heappop(bins)
-            members.append(item)
-            heapq.heappush(bins, (total + costs[item], i, members))
-        if all(total <= budget or len(members) == 1 for total, _, members in bins):
-            return [sorted(members) for _, _, members in sorted(bins, key=lambda b: (-b[0], b[1])) if members]
-        number += 1
+CHEAP = 8
+"""A group is begun in what is left of a part if its prompt, which is then computed twice, is this much shorter than its
+responses together."""
 
 
 def split_prompts(prompts: Tensor, responses: Tensor, same: Tensor, budget: int) -> list[Tensor]:
-    """Group rows so that each part's responses, and its prompts once each, stay within ``budget`` tokens.
+    """Split rows into few parts of like size, whose responses, and prompts once each, stay within ``budget`` tokens.
 
-    Rows with one prompt stay together where the budget allows it. One row at the least.
+    Rows with one prompt stay together where the budget allows it, unless the prompt is short. One row at the least; the
+    largest part comes first.
 
     Args:
         prompts: Prompt tokens of each row [n].
@@ -60,12 +44,60 @@ def split_prompts(prompts: Tensor, responses: Tensor, same: Tensor, budget: int)
 
     >>> rows = split_prompts(torch.tensor([2, 2, 2, 3]), torch.tensor([4, 4, 3, 5]), torch.tensor([7, 7, 7, 8]), 10)
     >>> [part.tolist() for part in rows]
-    [[0, 2], [3], [1]]
+    [[1, 2], [3], [0]]
     """
-    pieces: list[Tensor] = []
-    for number in same.unique().tolist():
-        rows = (same == number).nonzero().squeeze(-1)
-        room = max(1, budget - int(prompts[rows[0]]))
-        pieces += [rows[part] for part in fill(responses[rows].tolist(), room)]
-    costs = [int(prompts[rows[0]] + responses[rows].sum()) for rows in pieces]
-    return [torch.cat([pieces[i] for i in part]).sort().values for part in fill(costs, budget)]
+    groups = Groups.of(prompts, responses, same)
+    fewest = len(groups.split(budget))
+    low, high = 0, budget  # as many parts do with a smaller budget where they can be more even
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(groups.split(middle)) <= fewest else (middle, high)
+    parts = sorted(groups.split(high), key=groups.tokens, reverse=True)
+    return [torch.tensor(part, dtype=torch.int64).sort().values for part in parts]
+
+
+class Groups(NamedTuple):
+    """Rows by their prompts.
+
+    Args:
+        rows: The rows of each prompt.
+        prompts: Tokens of each row's prompt.
+        responses: Tokens of each row after it.
+        same: Number of each row's prompt.
+    """
+
+    rows: list[list[int]]
+    prompts: list[int]
+    responses: list[int]
+    same: list[int]
+
+    @classmethod
+    def of(cls, prompts: Tensor, responses: Tensor, same: Tensor) -> Groups:
+        """Group rows [n] by the number of their prompt."""
+        rows = defaultdict(list)
+        for row, number in enumerate(same.tolist()):
+            rows[number].append(row)
+        return cls(list(rows.values()), prompts.tolist(), responses.tolist(), same.tolist())
+
+    def tokens(self, part: list[int]) -> int:
+        """Tokens of a part, each prompt counted once."""
+        prompts = {self.same[row]: self.prompts[row] for row in part}
+        return sum(prompts.values()) + sum(self.responses[row] for row in part)
+
+    def split(self, budget: int) -> list[list[int]]:
+        """Fill one part after the other."""
+        parts: list[list[int]] = []
+        room = -1
+        for group in self.rows:
+            prompt, own = self.prompts[group[0]], sum(self.responses[row] for row in group)
+            if prompt + own > room and prompt * CHEAP > own:
+                room = -1
+            begun = False
+            for row in group:
+                need = self.responses[row] + (0 if begun else prompt)
+                if need > room:
+                    parts.append([])
+                    need, room = self.responses[row] + prompt, budget
+                parts[-1].append(row)
+                room, begun = room - need, True
+        return parts
