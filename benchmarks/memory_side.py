@@ -22,7 +22,7 @@ def estimated(settings: Settings) -> Any:
     """The estimate of ``lit-rlvr explain``."""
     width = settings.size.prompt_tokens + settings.size.new_tokens
     facts: Any = SimpleNamespace(config=configuration(settings.size), critic=None, width=lambda module: width)
-    return memory_of(module_of(settings), Cluster(1, False), facts, {})
+    return memory_of(module_of(settings), Cluster(1, False), facts, {"accelerator": settings.device})
 
 
 def largest(record: profile) -> int:

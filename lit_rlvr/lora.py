@@ -168,13 +168,13 @@ def merge_folder(hf: PreTrainedModel, folder: str) -> PreTrainedModel:
     return merged
 
 
-def merged_part(hf: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Some weights of a model, under the names that they have without adapters, with the adapters added.
+def merged_weights(hf: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a model, under the names that they have without adapters, with the adapters added.
 
-    The sum is the one that :func:`merged_weights` takes; only one matrix at a time is made for it.
+    One matrix at a time is made for it.
 
     Args:
-        hf: The model; it says how adapters are scaled.
+        hf: The model, which may be on the meta device; it says how adapters are scaled.
         weights: Whole tensors of its state dict, an adapter's together with those of its layer. None is changed.
     """
     merged = {}
@@ -190,20 +190,3 @@ def merged_part(hf: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Te
             value = (value + product).to(value.dtype)
         merged[name.replace(".base_layer.", ".")] = value
     return merged
-
-
-def merged_weights(hf: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add the adapters among ``weights`` to the weights beside them.
-
-    Args:
-        hf: The model with adapters, on the meta device; it is given the weights.
-        weights: Its state dict.
-
-    Returns:
-        The state dict of the model without adapters.
-    """
-    hf.load_state_dict(weights, strict=False, assign=True)
-    for layer in tuned_layers(hf):
-        layer.merge()
-    merged = {name.replace(".base_layer.", "."): value for name, value in hf.state_dict().items()}
-    return {name: value for name, value in merged.items() if ".lora_" not in name}

@@ -68,7 +68,7 @@ def lay_out(
     What stands behind the state that predicts a row's last chosen token is left out: attention is causal.
     """
     local, column = chosen[rows].nonzero(as_tuple=True)
-    entering = enters(chosen)[rows]
+    entering = enters(chosen[rows])
     pack, padding = None, 0
     if layout == "padded":
         ids, before, first, padding = _padded(rollout, rows, entering)
@@ -147,7 +147,7 @@ def cut(
         layout: How rows are laid out.
     """
     rows = chosen.any(-1).nonzero().squeeze(-1)
-    prompts, responses = rollout.prompt_mask.sum(-1)[rows], enters(chosen).sum(-1)[rows]
+    prompts, responses = rollout.prompt_mask[rows].sum(-1), enters(chosen[rows]).sum(-1)
     if size is not None:
         parts = list(rows.split(size)) if len(rows) else []
     elif layout == "padded":

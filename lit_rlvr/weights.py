@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from lit_rlvr.lora import merged_part
+from lit_rlvr.lora import merged_weights
 from lit_rlvr.policy import Policy
 
 
@@ -35,7 +35,7 @@ def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
                 seen.add(id(tensor))
                 layer[name] = _whole(tensor.detach())
         # Some models hold in one tensor what checkpoints have in several, such as a layer's experts.
-        yield from revert_weight_conversion(policy.hf, merged_part(policy.hf, layer)).items()
+        yield from revert_weight_conversion(policy.hf, merged_weights(policy.hf, layer)).items()
 
 
 def _layer(name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from command_line import TINY, TinyFit, succeed, untouched_process
 
 
@@ -28,6 +29,14 @@ def alone() -> Iterator[None]:
     """What a test's commands and loggers leave behind in the process ends with it."""
     with untouched_process():
         yield
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.memory_side import largest
 from lit_rlvr.memory import estimate
 from lit_rlvr.policy import Policy
 
@@ -40,14 +41,7 @@ def measured(size: str, checkpointing: bool) -> int:
             policy(ids, index, targets, 1.0, lambda logprobs, entropies, part: -logprobs.sum()).backward()
             if number != 0:
                 optimizer.step()
-    assert record.profiler is not None
-    events = record.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    now = peak = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
+    return largest(record)
 
 
 def main(size: str, checkpointing: bool) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.distributed as dist
 from command_line import CONFIGS, QUICKSTART, cli
 from lightning.pytorch.strategies import FSDPStrategy
 from runs import TINY, tiny_module, train
@@ -32,14 +30,6 @@ from lit_rlvr.sharding import compute_precision, gathered, whole_weights
 
 class AsItIs(FSDPStrategy):
     """Lightning's own: it would refuse a CPU before we can, if its class were exactly this."""
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[None]:
-    """A process group of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def started(**options: Any) -> FSDP1Strategy:

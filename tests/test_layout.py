@@ -29,6 +29,8 @@ from lit_rlvr.split import CHEAP, split_prompts
 from lit_rlvr.types import RolloutBatch
 
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared")
+TESTED_FAMILIES = ("llama", "gpt2", "gemma3", "granite")
+KINDS = ("gemma", "mistral", "phi3", "qwen2", "smollm3")
 CPU = torch.device("cpu")
 few = settings(max_examples=15, deadline=None, derandomize=True)
 
@@ -148,7 +150,7 @@ def test_equal_to_whole_rows(qwen3: Policy, sizes: list[int], share: float, budg
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "granite"])
+@pytest.mark.parametrize("family", TESTED_FAMILIES)
 def test_families(family: str, layout: Layout) -> None:
     """Untied heads, learnt positions, windows of 4 tokens in every other layer, scaled logits."""
     rollout = ragged([3, 1, 4], 5)
@@ -173,7 +175,7 @@ def test_long_responses_share_no_prompt(qwen3: Policy, monkeypatch: pytest.Monke
     assert bool(parts) == (largest > 0)
 
 
-@pytest.mark.parametrize("kind", ["gemma", "mistral", "phi3", "qwen2", "smollm3"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_kinds_that_share_unless_told_otherwise(kind: str) -> None:
     """The rest of those that KNOWN names; Mistral with a window, SmolLM3 without positions in every other layer."""
     more: dict[str, Any] = {"mistral": {"sliding_window": 4}, "smollm3": {"no_rope_layer_interval": 2}}.get(kind, {})
@@ -189,9 +191,7 @@ def test_kinds_that_share_unless_told_otherwise(kind: str) -> None:
 
 def test_every_known_kind_is_tested() -> None:
     """Here by name, or among the families above."""
-    assert set(KNOWN) == {
-        "qwen3", "llama", "gpt2", "gemma3_text", "granite", "gemma", "mistral", "phi3", "qwen2", "smollm3",
-    }  # fmt: skip
+    assert set(KNOWN) == {*KINDS, *(build(family).config.model_type for family in ("qwen3", *TESTED_FAMILIES))}
 
 
 def test_gradient_checkpointing(qwen3: Policy) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tiny_models import save
 
 from lit_rlvr import RLVRModule
 from lit_rlvr.export import export
-from lit_rlvr.lora import LoRA, WithoutAdapters, adapter_parameters, adapters_off, merged_weights, tuned_layers
+from lit_rlvr.lora import LoRA, WithoutAdapters, adapter_parameters, adapters_off, tuned_layers
 from lit_rlvr.memory import estimate
 from lit_rlvr.models import resolve_model
 from lit_rlvr.policy import load_policy
@@ -138,12 +139,15 @@ def test_saved_alone_opened_and_exported_merged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_weights_leave_for_an_engine_with_the_adapters_added(family: str, dtype: str, tmp_path: Path) -> None:
-    """Bit for bit those of an export, tied or not, transposed or not; the policy keeps its own."""
+    """Bit for bit those that peft merges, tied or not, transposed or not; the policy keeps its own."""
     moved = trained_policy(save(tmp_path, family), LoRA(r=2, alpha=6), dtype)
     before = {name: tensor.clone() for name, tensor in moved.hf.state_dict().items()}
     given = dict(named_weights(moved))
     assert all(torch.equal(tensor, before[name]) for name, tensor in moved.hf.state_dict().items())
-    wanted = merged_weights(load_policy(str(tmp_path), dtype, lora=LoRA(r=2, alpha=6), empty=True).hf, before)
+    peft = copy.deepcopy(moved.hf)
+    for layer in tuned_layers(peft):
+        layer.merge()
+    wanted = {name.replace(".base_layer.", "."): tensor for name, tensor in peft.state_dict().items()}
     plain = dict(named_weights(load_policy(str(tmp_path), dtype)))
     assert given.keys() == plain.keys()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in given.items())

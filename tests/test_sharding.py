@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from runs import TINY, tiny_module, tiny_trainer
 from tiny_models import char_tokenizer, random_prompts, save
@@ -21,14 +19,6 @@ from lit_rlvr.lora import LoRA
 from lit_rlvr.models import resolve_model
 from lit_rlvr.policy import Policy, load_policy
 from lit_rlvr.sharding import FSDP2Strategy, compute_precision, gathered, load_sharded, whole_weights
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[None]:
-    """A process group of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def started(**options: Any) -> FSDP2Strategy:

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer
 from lit_rlvr import Batch, RLVRModule, Sampling
 from lit_rlvr.__main__ import main
 from lit_rlvr.engines import VLLMColocatedEngine, vllm_launch
-from lit_rlvr.engines.server_side.lit_rlvr_worker import Group, places, unpack
-from lit_rlvr.engines.vllm_client import PROTOCOL, RECEIVER
+from lit_rlvr.engines.server_side.lit_rlvr_worker import PROTOCOL, Group, places, unpack
+from lit_rlvr.engines.vllm_client import RECEIVER
 from lit_rlvr.models import resolve_model
 from lit_rlvr.policy import load_policy
 from lit_rlvr.reduce import LocalReduce

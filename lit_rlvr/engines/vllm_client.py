@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from packaging.specifiers import SpecifierSet
 
+from lit_rlvr.engines.server_side.lit_rlvr_worker import PROTOCOL
+
 log = logging.getLogger(__name__)
 
 SUPPORTED = SpecifierSet(">=0.32,<0.33")
 """Versions of vLLM that the tests ran with. Elsewhere the requests below may mean something else."""
-
-PROTOCOL = 2
-"""The protocol of ``server_side/lit_rlvr_worker.py`` that this client speaks."""
 
 RECEIVER = "lit_rlvr_worker.WeightReceiver"
 """The class in that file, as vLLM is told of it."""
