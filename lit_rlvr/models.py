@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from lit_rlvr.lora import ADAPTER
 from lit_rlvr.near import nearest
@@ -38,7 +38,8 @@ def resolve_model(source: str) -> str:
     if source.startswith(GGUF):
         from lit_rlvr.gguf import converted
 
-        return converted(source)
+        with torch.device("cpu"):
+            return converted(source)
     if not source.startswith(BUILTIN):
         return _existing(source)
     name = source.removeprefix(BUILTIN)
@@ -106,6 +107,8 @@ def tiny_qwen3(seed: int = 0) -> Qwen3ForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": 1e4}, initializer_range=0.05,
         max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=None, dtype="float32",
     )  # fmt: skip
-    with torch.random.fork_rng():
+    # The same numbers whatever a strategy makes models on, and in.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(config)
+        model: Qwen3ForCausalLM = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return model
