@@ -1,8 +1,9 @@
 """Attention over a pack: many sequences in one row, where each sees itself and, if it continues one, a prompt.
 
-A mask over the whole pack would cost the square of its length. Here every sequence is attended to on its own, and those
-of like length in one call. A model computes packs after :func:`enable`, which registers :func:`attend` with
-transformers; without a pack that function is transformers' own.
+A mask over the whole pack would cost the square of its length. Where :mod:`lit_rlvr.varlen` serves, all sequences take
+one call; else every sequence is attended to on its own, and those of like length in one call. A model computes packs
+after :func:`enable`, which registers :func:`attend` with transformers; without a pack that function is transformers'
+own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lit_rlvr.varlen import Spans, attend_spans, varlen_serves
 
 NAME = "lit_rlvr_segments"
 
@@ -108,15 +111,18 @@ class Pack:
     Args:
         positions: Position of each token in its sequence [1, total].
         parts: All sequences, in the order of the pack.
+        spans: The same sequences, for attention in one call.
     """
 
     positions: Tensor
     parts: tuple[Part, ...]
+    spans: Spans
     _masks: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Pack:
         """The same with its tensors on ``device``."""
-        return Pack(self.positions.to(device), tuple(part.to(device) for part in self.parts))
+        parts = tuple(part.to(device) for part in self.parts)
+        return Pack(self.positions.to(device), parts, self.spans.to(device))
 
     def mask(self, part: Part, window: int | None, like: Tensor) -> Tensor | None:
         """Additive mask [longest, prompt + longest] of a part; None: plain causal. All layers share it."""
@@ -156,6 +162,8 @@ def attend(
             raise ValueError("the model does not hand its attention what packs need")
         return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if varlen_serves(query, value, kwargs):
+        return attend_spans(query, key, value, pack.spans, sliding_window, kwargs.get("scaling"))[None], None
     pieces = []
     for part in pack.parts:
         q, k, v = (t.transpose(1, 2) for t in (part.own(query), part.with_prompts(key), part.with_prompts(value)))
