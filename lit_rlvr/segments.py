@@ -193,8 +193,11 @@ def blocks(pack: Pack, query: Tensor, key: Tensor, window: int | None) -> Iterat
         stop = min(start + most, length)
         last = total - length + stop
         first = 0 if window is None else max(0, last - (stop - start) - window + 1)
-        # What a query sees depends on its distance from the last key: every mask is a corner of one.
-        yield slice(start, stop), slice(first, last), mask[start - stop :, first - last :][None, None]
+        # What a query sees depends on its distance from the last key: every mask is a corner of one. Kernels of GPUs
+        # want its rows aligned in memory.
+        corner = mask[start - stop :, first - last :]
+        corner = corner if corner.device.type == "cpu" else corner.contiguous()
+        yield slice(start, stop), slice(first, last), corner[None, None]
 
 
 def hidden_states(body: Any, ids: Tensor, pack: Pack | None) -> Tensor:

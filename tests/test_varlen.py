@@ -19,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_rlvr import varlen
-from lit_rlvr.layout import choose_layout
+from lit_rlvr.layout import choose_layout, takes_masks
 from lit_rlvr.packing import pack_rows
 from lit_rlvr.policy import Policy
 from lit_rlvr.segments import Pack, attend, hidden_states
@@ -335,6 +335,19 @@ def test_where_it_serves(
     assert varlen_serves(query, value, options) is wanted
     monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
     assert not varlen_serves(query, value, options)
+
+
+def test_what_a_model_says_before_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sharing a prompt takes a mask on a CPU, and elsewhere by the model's dtype, autocast and head size."""
+    hf = float64("llama").hf.bfloat16()
+    wide = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **COMMON, n_embd=24, n_head=2, n_layer=1))
+    assert takes_masks(hf, CPU)
+    monkeypatch.setattr(varlen, "available", lambda device: True)
+    assert not takes_masks(hf, CPU)
+    assert takes_masks(wide.bfloat16(), CPU)
+    assert takes_masks(hf.float(), CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not takes_masks(hf, CPU)
 
 
 def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
