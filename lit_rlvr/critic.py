@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_rlvr.layout import Layout
+from lit_rlvr.layout import Layout, takes_masks
 from lit_rlvr.meter import Meter
 from lit_rlvr.microbatch import cut
 from lit_rlvr.minibatch import MiniBatch
@@ -107,7 +107,8 @@ class ValueModel(nn.Module):
 def score_values(critic: Any, rollout: RolloutBatch, budget: int, device: torch.device, reduce: Reduce) -> Tensor:
     """The critic's value of the state before each response token [B, T]; 0 off the mask. Every rank calls it."""
     values = torch.zeros_like(rollout.old_logprobs)
-    for micro, _ in cut(rollout, rollout.response_mask, budget, None, device, reduce, critic.layout):
+    masks = takes_masks(critic.hf, device)
+    for micro, _ in cut(rollout, rollout.response_mask, budget, None, device, reduce, critic.layout, masks):
         values[micro.row.cpu(), micro.column.cpu()] = critic(micro.ids, micro.index, micro.pack).to(values)
     return values
 
@@ -119,8 +120,8 @@ def value_losses(module: RLVRModule, mini: MiniBatch, meter: Meter) -> Iterator[
     """
     assert module.critic_settings is not None
     mask, budget, scale = mini.rollout.response_mask, module.batch.micro_tokens, module.reduce.world_size
-    layout = module.critic.layout
-    for micro, last in cut(mini.rollout, mask, budget, None, module.device, module.reduce, layout):
+    layout, masks = module.critic.layout, takes_masks(module.critic.hf, module.device)
+    for micro, last in cut(mini.rollout, mask, budget, None, module.device, module.reduce, layout, masks):
         where = (micro.row.cpu(), micro.column.cpu())
         assert mini.rollout.values is not None
         assert mini.returns is not None

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lit_rlvr.packing import pack_rows
 from lit_rlvr.segments import enable, hidden_states
+from lit_rlvr.varlen import varlen_serves
 
 Layout = Literal["padded", "packed", "shared"]
 
@@ -35,6 +36,14 @@ def choose_layout(hf: PreTrainedModel, layout: Layout | None) -> Layout:
     if layout is None:
         return "padded"
     raise ValueError(f"batch.layout {layout} does not go with {type(hf).__name__}: {why_not}; use batch.layout: padded")
+
+
+def takes_masks(hf: PreTrainedModel, device: torch.device) -> bool:
+    """Whether a model's attention takes a mask where a response shares its prompt: all that takes several calls."""
+    config = hf.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = torch.empty(0, size, dtype=hf.dtype, device=device)
+    return not varlen_serves(head, head, {})
 
 
 @torch.no_grad()

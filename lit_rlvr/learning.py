@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lit_rlvr.credit import penalises
+from lit_rlvr.layout import takes_masks
 from lit_rlvr.meter import Meter
 from lit_rlvr.microbatch import MicroBatch, cut
 from lit_rlvr.minibatch import MiniBatch
@@ -53,7 +54,8 @@ def micro_batches(module: RLVRModule, mini: MiniBatch) -> list[tuple[MicroBatch,
     everything = module.kl_loss is not None or penalises(module.chain) or not module.separable
     chosen = mini.rollout.response_mask if everything else mini.credit.learns
     budget, rows, layout = module.batch.micro_tokens, module.batch.micro_rows, module.policy.layout
-    return cut(mini.rollout, chosen, budget, rows, module.device, module.reduce, layout)
+    masks = takes_masks(module.policy.hf, module.device)
+    return cut(mini.rollout, chosen, budget, rows, module.device, module.reduce, layout, masks)
 
 
 def backward_but_last(losses: Iterator[tuple[Tensor, bool]]) -> Tensor:

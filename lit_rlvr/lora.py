@@ -140,6 +140,10 @@ class WithoutAdapters:
         return self.policy.device  # type: ignore[no-any-return]
 
     @property
+    def hf(self) -> Any:
+        return self.policy.hf
+
+    @property
     def layout(self) -> Any:
         return self.policy.layout
 

@@ -14,8 +14,8 @@ from lit_rlvr.segments import Pack
 from lit_rlvr.split import split_prompts, split_rows
 from lit_rlvr.types import RolloutBatch
 
-LARGEST_MASK = 2**22
-"""Elements of a mask up to which responses share their prompt: 16 MB in float32, for some 2,000 tokens."""
+MOST_MASKED = 2**22
+"""Pairs of query and key up to which a response shares its prompt, if that takes a mask: some 2,000 tokens."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,12 @@ def enters(chosen: Tensor) -> Tensor:
 
 
 def lay_out(
-    rollout: RolloutBatch, rows: Tensor, chosen: Tensor, device: torch.device, layout: Layout = "padded"
+    rollout: RolloutBatch,
+    rows: Tensor,
+    chosen: Tensor,
+    device: torch.device,
+    layout: Layout = "padded",
+    masks: bool = True,
 ) -> MicroBatch:
     """Lay out ``rows`` [n] of a rollout, asking for the response tokens that ``chosen`` [B, T] marks.
 
@@ -73,7 +78,7 @@ def lay_out(
     if layout == "padded":
         ids, before, first, padding = _padded(rollout, rows, entering)
     else:
-        same = sharing(rollout, rows, entering.sum(-1), layout)
+        same = sharing(rollout, rows, entering.sum(-1), layout, masks)
         prompts = [rollout.prompt_ids[row][rollout.prompt_mask[row]] for row in rows]
         responses = [rollout.response_ids[row][enter] for row, enter in zip(rows, entering, strict=True)]
         ids, before, first, pack = pack_rows(prompts, responses, same.tolist())
@@ -102,17 +107,18 @@ def empty(device: torch.device) -> MicroBatch:
     return MicroBatch(torch.zeros(1, 1, dtype=torch.int64, device=device), nothing, nothing, nothing, nothing)
 
 
-def sharing(rollout: RolloutBatch, rows: Tensor, responses: Tensor, layout: Layout) -> Tensor:
+def sharing(rollout: RolloutBatch, rows: Tensor, responses: Tensor, layout: Layout, masks: bool) -> Tensor:
     """A number per row [n]; rows of one number share their prompt.
 
-    Those have the same prompt, and are short: a shared prompt takes a mask of response x (prompt + response), which
-    would cost a long response more than its prompt does.
+    Those have the same prompt, and are short where sharing takes a mask, which would cost a long response more than its
+    prompt does.
 
     Args:
         rollout: The facts.
         rows: Which of its rows [n].
         responses: Response tokens of each that enter the forward pass [n].
         layout: How rows are laid out; only ``shared`` shares.
+        masks: Whether a response that shares its prompt takes a mask; see :func:`~lit_rlvr.layout.takes_masks`.
     """
     alone = torch.arange(len(rows))
     if layout != "shared":
@@ -120,7 +126,7 @@ def sharing(rollout: RolloutBatch, rows: Tensor, responses: Tensor, layout: Layo
     mask = rollout.prompt_mask[rows]
     tokens = rollout.prompt_ids[rows].masked_fill(~mask, -1)
     same: Tensor = torch.unique(tokens, dim=0, return_inverse=True)[1]
-    long = responses * (mask.sum(-1) + responses) > LARGEST_MASK
+    long = masks & (responses * (mask.sum(-1) + responses) > MOST_MASKED)
     return torch.where(long, len(rows) + alone, same)
 
 
@@ -132,6 +138,7 @@ def cut(
     device: torch.device,
     reduce: Reduce,
     layout: Layout = "padded",
+    masks: bool = True,
 ) -> list[tuple[MicroBatch, bool]]:
     """Cut the rows that have a chosen token into micro-batches; the flag marks the last.
 
@@ -145,6 +152,7 @@ def cut(
         device: Where the policy is.
         reduce: Counts over ranks.
         layout: How rows are laid out.
+        masks: Whether a response that shares its prompt takes a mask.
     """
     rows = chosen.any(-1).nonzero().squeeze(-1)
     prompts, responses = rollout.prompt_mask[rows].sum(-1), enters(chosen[rows]).sum(-1)
@@ -153,9 +161,9 @@ def cut(
     elif layout == "padded":
         parts = [rows[part] for part in split_rows(prompts + responses, budget)]
     else:
-        same = sharing(rollout, rows, responses, layout)
+        same = sharing(rollout, rows, responses, layout, masks)
         parts = [rows[part] for part in split_prompts(prompts, responses, same, budget)]
     number = max(1, int(reduce.max(torch.tensor(len(parts)))))
-    micros = [lay_out(rollout, part, chosen, device, layout) for part in parts]
+    micros = [lay_out(rollout, part, chosen, device, layout, masks) for part in parts]
     micros += [empty(device)] * (number - len(micros))
     return [(micro, i == number - 1) for i, micro in enumerate(micros)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_rlvr.segments import Pack, Part
+from lit_rlvr.varlen import Spans
 
 SLACK = 1024
 """Pairs of query and key per sequence that may be wasted on padding to save a call of attention."""
@@ -34,6 +35,11 @@ class Stretch:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def places(self) -> range:
+        """Its tokens' places in the pack."""
+        return range(self.start, self.start + len(self))
 
     @property
     def before(self) -> int:
@@ -70,7 +76,11 @@ def pack_rows(
 
 
 def place(stretches: list[Stretch]) -> tuple[Tensor, Pack]:
-    """Give every stretch its place; returns token ids [1, total] and what attention needs to know."""
+    """Give every stretch, of which none is empty, its place.
+
+    Returns:
+        Token ids [1, total] and what attention needs to know.
+    """
     # Beginnings first, then by what comes before; continued ones of one length are neighbours.
     ordered = sorted(stretches, key=lambda s: (s.before, -len(s), not s.continued))
     start, parts = 0, []
@@ -81,7 +91,8 @@ def place(stretches: list[Stretch]) -> tuple[Tensor, Pack]:
         prompts, owner = _prompts(members)
         parts.append(Part.of(members[0].start, [len(s) for s in members], prompts, owner))
     positions = torch.cat([torch.arange(s.before, s.before + len(s)) for s in ordered])
-    return torch.cat([s.tokens for s in ordered])[None], Pack(positions[None], tuple(parts))
+    spans = Spans.of([(range(0) if s.prompt is None else s.prompt.places, s.places) for s in ordered])
+    return torch.cat([s.tokens for s in ordered])[None], Pack(positions[None], tuple(parts), spans)
 
 
 def _alike(ordered: list[Stretch]) -> Iterator[list[Stretch]]:

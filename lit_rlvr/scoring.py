@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
+from lit_rlvr.layout import takes_masks
 from lit_rlvr.microbatch import cut
 from lit_rlvr.reduce import LocalReduce, Reduce
 from lit_rlvr.sharding import compute_precision
@@ -38,7 +39,8 @@ def score(
     """
     logprobs, entropies = (torch.zeros_like(rollout.response_mask, dtype=torch.float32) for _ in range(2))
     everything, reduce = rollout.response_mask, reduce or LocalReduce()
-    for micro, _ in cut(rollout, everything, budget, None, policy.device, reduce, policy.layout):
+    masks = takes_masks(policy.hf, policy.device)
+    for micro, _ in cut(rollout, everything, budget, None, policy.device, reduce, policy.layout, masks):
         logp, entropy = policy(micro.ids, micro.index, micro.targets, temperature, pack=micro.pack)
         where = (micro.row.cpu(), micro.column.cpu())
         logprobs[where], entropies[where] = logp.float().cpu(), entropy.float().cpu()

@@ -1,13 +1,14 @@
 """Attention over a pack: many sequences in one row, where each sees itself and, if it continues one, a prompt.
 
-A mask over the whole pack would cost the square of its length. Here every sequence is attended to on its own, and those
-of like length in one call. A model computes packs after :func:`enable`, which registers :func:`attend` with
-transformers; without a pack that function is transformers' own.
+A mask over the whole pack would cost the square of its length. Where :mod:`lit_rlvr.varlen` serves, all sequences take
+one call; else every sequence is attended to on its own, and those of like length in one call. A model computes packs
+after :func:`enable`, which registers :func:`attend` with transformers; without a pack that function is transformers'
+own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -18,7 +19,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lit_rlvr.varlen import Spans, attend_spans, varlen_serves
+
 NAME = "lit_rlvr_segments"
+
+BLOCK = 512
+"""Queries that take a mask at a time, so that masks do not grow with the square of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -108,28 +114,26 @@ class Pack:
     Args:
         positions: Position of each token in its sequence [1, total].
         parts: All sequences, in the order of the pack.
+        spans: The same sequences, for attention in one call.
     """
 
     positions: Tensor
     parts: tuple[Part, ...]
+    spans: Spans
     _masks: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Pack:
         """The same with its tensors on ``device``."""
-        return Pack(self.positions.to(device), tuple(part.to(device) for part in self.parts))
+        parts = tuple(part.to(device) for part in self.parts)
+        return Pack(self.positions.to(device), parts, self.spans.to(device))
 
-    def mask(self, part: Part, window: int | None, like: Tensor) -> Tensor | None:
-        """Additive mask [longest, prompt + longest] of a part; None: plain causal. All layers share it."""
-        length, before = part.lengths[0], 0 if part.prompts is None else part.prompts[2]
-        narrow = window is not None and window < before + length
-        if not before and not narrow:
-            return None
-        key = (length, before, window if narrow else None, like.dtype)
+    def mask(self, rows: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+        """Additive mask [rows, keys] of the last queries and the last keys of a sequence. All layers share it."""
+        key = (rows, keys, window, like.dtype)
         if key not in self._masks:
-            seen = torch.ones(length, before + length, dtype=torch.bool, device=like.device).tril(before)
-            if narrow:
-                assert window is not None
-                seen = seen.triu(before - window + 1)
+            seen = torch.ones(rows, keys, dtype=torch.bool, device=like.device).tril(keys - rows)
+            if window is not None:
+                seen = seen.triu(keys - rows - window + 1)
             blank = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
             self._masks[key] = blank.masked_fill_(~seen, -torch.inf)
         return self._masks[key]
@@ -156,14 +160,44 @@ def attend(
             raise ValueError("the model does not hand its attention what packs need")
         return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if varlen_serves(query, value, kwargs):
+        return attend_spans(query, key, value, pack.spans, sliding_window, kwargs.get("scaling"))[None], None
     pieces = []
     for part in pack.parts:
         q, k, v = (t.transpose(1, 2) for t in (part.own(query), part.with_prompts(key), part.with_prompts(value)))
-        mask = pack.mask(part, sliding_window, q)
-        mask = None if mask is None else mask[None, None]
-        attended, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=mask is None, **kwargs)
-        pieces.append(part.packed(attended))
+        outputs = []
+        for rows, keys, mask in blocks(pack, q, k, sliding_window):
+            seen = (q[:, :, rows], k[:, :, keys], v[:, :, keys])
+            outputs.append(sdpa_attention_forward(module, *seen, mask, is_causal=mask is None, **kwargs)[0])
+        pieces.append(part.packed(torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]))
     return torch.cat(pieces)[None], None
+
+
+def blocks(pack: Pack, query: Tensor, key: Tensor, window: int | None) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """Queries of sequences, which keys they are shown, and the mask [1, 1, queries, keys]; None: plain causal.
+
+    Args:
+        pack: Has the masks.
+        query: [n, heads, queries, d].
+        key: [n, key heads, keys, d]; those of a prompt first.
+        window: Keys that a query sees, itself included; None: all.
+    """
+    length, total = query.shape[2], key.shape[2]
+    window = window if window is not None and window < total else None
+    if length == total and window is None:
+        yield slice(None), slice(None), None
+        return
+    most = min(BLOCK, length)
+    mask = pack.mask(most, total if window is None else min(total, most + window - 1), window, query)
+    for start in range(0, length, most):
+        stop = min(start + most, length)
+        last = total - length + stop
+        first = 0 if window is None else max(0, last - (stop - start) - window + 1)
+        # What a query sees depends on its distance from the last key: every mask is a corner of one. Kernels of GPUs
+        # want its rows aligned in memory.
+        corner = mask[start - stop :, first - last :]
+        corner = corner if corner.device.type == "cpu" else corner.contiguous()
+        yield slice(start, stop), slice(first, last), corner[None, None]
 
 
 def hidden_states(body: Any, ids: Tensor, pack: Pack | None) -> Tensor:

@@ -22,10 +22,11 @@ class Batch:
         micro_rows: Responses per forward and backward pass instead, for callbacks that act on micro-batches, whose
             choices depend on it; null: by ``micro_tokens``.
         layout: ``padded``: rows beside each other, filled up to the longest. ``packed``: rows one behind the other,
-            each attended to on its own. ``shared``: packed, and responses to one prompt, of up to some 2,000 tokens,
-            share its place, so that it is computed once. Changes speed and memory, never the gradient. null: ``shared``
-            for models of the kinds gemma, gemma3_text, gpt2, granite, llama, mistral, phi3, qwen2, qwen3 and smollm3,
-            ``padded`` for others; a model whose attention does not allow what is asked for is refused.
+            each attended to on its own. ``shared``: packed, and responses to one prompt share its place, so that it is
+            computed once; those of more than some 2,000 tokens only in bfloat16 and float16 on a GPU, where attention
+            needs no mask for it. Changes speed and memory, never the gradient. null: ``shared`` for models of the kinds
+            gemma, gemma3_text, gpt2, granite, llama, mistral, phi3, qwen2, qwen3 and smollm3, ``padded`` for others; a
+            model whose attention does not allow what is asked for is refused.
 
     Raises:
         ValueError: When a size is below 1, or mini-batches do not divide the phase.

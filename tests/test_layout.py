@@ -157,22 +157,27 @@ def test_families(family: str, layout: Layout) -> None:
     check(float64(family), rollout, choose(rollout, 0.5, 5), layout, exact=family in ("llama", "gpt2"))
 
 
+@pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("largest", [0, 30, 10**6])
-def test_long_responses_share_no_prompt(qwen3: Policy, monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
-    """Whose mask would be large; what they and the others learn is the same, and no mask is larger than that."""
-    monkeypatch.setattr("lit_rlvr.microbatch.LARGEST_MASK", largest)
+def test_long_responses_share_no_prompt_by_a_mask(
+    qwen3: Policy, monkeypatch: pytest.MonkeyPatch, largest: int, masks: bool
+) -> None:
+    """What they and the others learn is the same; where it takes no mask, all share."""
+    monkeypatch.setattr("lit_rlvr.microbatch.MOST_MASKED", largest)
     rollout = ragged([3, 1, 4], 5)
     chosen = choose(rollout, 0.5, 5)
-    check(qwen3, rollout, chosen, "shared", budget=20)
+    check(qwen3, rollout, chosen, "shared", budget=20, masks=masks)
     parts = [
         part
-        for micro, _ in cut(rollout, chosen, 10**6, None, CPU, LocalReduce(), "shared")
+        for micro, _ in cut(rollout, chosen, 10**6, None, CPU, LocalReduce(), "shared", masks)
         if micro.pack is not None
         for part in micro.pack.parts
         if part.prompts is not None
     ]
-    assert all(part.lengths[0] * (part.prompts[2] + part.lengths[0]) <= largest for part in parts if part.prompts)
-    assert bool(parts) == (largest > 0)
+    most = max((part.lengths[0] * (part.prompts[2] + part.lengths[0]) for part in parts if part.prompts), default=0)
+    assert most <= largest or not masks
+    assert (most > 30) == (largest > 30 or not masks)
+    assert bool(parts) == (largest > 0 or not masks)
 
 
 @pytest.mark.parametrize("kind", KINDS)
