@@ -16,6 +16,7 @@ from lit_rlvr.minibatch import MiniBatch
 from lit_rlvr.policy import load_policy
 from lit_rlvr.reduce import Reduce
 from lit_rlvr.segments import Pack, hidden_states
+from lit_rlvr.sharding import sync_gradients
 from lit_rlvr.types import RolloutBatch
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def value_losses(module: RLVRModule, mini: MiniBatch, meter: Meter) -> Iterator[
         assert mini.rollout.values is not None
         assert mini.returns is not None
         old, returns, share = (t[where].to(micro.ids.device) for t in (mini.rollout.values, mini.returns, mini.share))
+        sync_gradients(module.critic, module.trainer.strategy, last)
         values = module.critic(micro.ids, micro.index, micro.pack)
         each, held = module.critic_settings.loss(values, old.to(values), returns.to(values))
         loss = (share * each).sum() / (mini.share_denominator or 1.0)

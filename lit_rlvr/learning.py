@@ -14,6 +14,7 @@ from lit_rlvr.microbatch import MicroBatch, cut
 from lit_rlvr.minibatch import MiniBatch
 from lit_rlvr.objective import TokenObjective
 from lit_rlvr.refine import of_micro_batch
+from lit_rlvr.sharding import sync_gradients
 
 if TYPE_CHECKING:
     from lit_rlvr.module import RLVRModule
@@ -28,6 +29,7 @@ def policy_losses(module: RLVRModule, mini: MiniBatch, meter: Meter) -> Iterator
     meter.add(rows=float(len(mini.rollout)))
     for micro, last in micro_batches(module, mini):
         meter.add(entered=float(micro.rows), places=float(micro.ids.numel()), padding=float(micro.padding))
+        sync_gradients(module.policy, module.trainer.strategy, last)
         tokens = (micro.ids, micro.index, micro.targets)
         score = partial(module.policy, *tokens, module.sampling.temperature, pack=micro.pack)
         if module.separable:
