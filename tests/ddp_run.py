@@ -39,7 +39,7 @@ class Recorded(NamedTuple):
     metrics: list[dict[str, float]]
     weights: dict[str, Tensor]
     collectives: int = 0
-    reductions: list[int] = []
+    reductions: tuple[int, ...] = ()
 
 
 # In ``ragged`` every mini-batch has one prompt, so one of two ranks has nothing to learn from.
@@ -101,7 +101,7 @@ class Reductions(TorchDispatchMode):
 
 
 class CountsReductions(Callback):
-    """How often gradients are reduced in each step; in a phase's first the phase's own large tensors are counted too."""
+    """How often gradients are reduced in each step; a phase's first counts its own large tensors too."""
 
     def __init__(self) -> None:
         self.reductions: list[int] = []
@@ -176,7 +176,7 @@ def main(folder: Path, strategies: list[str]) -> None:
             watching: list[Callback] = [decodes, counts] if case == "kl" else [decodes]
             gradients, metrics, weights, *_ = run(case, STRATEGIES[strategy](case), 2, *watching)
             path = folder / f"{strategy}_{case}_{torch.distributed.get_rank()}.pt"
-            torch.save((gradients, metrics, weights, decodes.collectives, counts.reductions), path)
+            torch.save((gradients, metrics, weights, decodes.collectives, tuple(counts.reductions)), path)
 
 
 if __name__ == "__main__":

@@ -92,5 +92,5 @@ def test_gradients_are_reduced_as_often_as_asked(two_processes: Path) -> None:
             strategy: Recorded(*torch.load(two_processes / f"{strategy}_kl_{rank}.pt")).reductions[1::2]
             for strategy in ("ddp", "fsdp", "fsdp_last")
         }
-        assert (counts["ddp"], counts["fsdp_last"]) == ([1] * 3, [3] * 3)
+        assert (counts["ddp"], counts["fsdp_last"]) == ((1,) * 3, (3,) * 3)
         assert all(count % 3 == 0 and count >= 6 for count in counts["fsdp"])
