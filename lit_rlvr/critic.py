@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_rlvr.devices import send
 from lit_rlvr.layout import Layout
 from lit_rlvr.meter import Meter
 from lit_rlvr.microbatch import cut
@@ -108,8 +109,11 @@ class ValueModel(nn.Module):
 def score_values(critic: Any, rollout: RolloutBatch, budget: int, device: torch.device, reduce: Reduce) -> Tensor:
     """The critic's value of the state before each response token [B, T]; 0 off the mask. Every rank calls it."""
     values = torch.zeros_like(rollout.old_logprobs)
-    for micro, _ in cut(rollout, rollout.response_mask, budget, None, device, reduce, critic.layout):
-        values[micro.row.cpu(), micro.column.cpu()] = critic(micro.ids, micro.index, micro.pack).to(values)
+    micros = [micro for micro, _ in cut(rollout, rollout.response_mask, budget, None, device, reduce, critic.layout)]
+    # Fetched at the end: a GPU would be idle after every micro-batch.
+    scored = [critic(micro.ids, micro.index, micro.pack) for micro in micros]
+    for micro, own in zip(micros, scored, strict=True):
+        values[micro.row, micro.column] = own.to(values)
     return values
 
 
@@ -122,10 +126,12 @@ def value_losses(module: RLVRModule, mini: MiniBatch, meter: Meter) -> Iterator[
     mask, budget, scale = mini.rollout.response_mask, module.batch.micro_tokens, module.reduce.world_size
     layout = module.critic.layout
     for micro, last in cut(mini.rollout, mask, budget, None, module.device, module.reduce, layout):
-        where = (micro.row.cpu(), micro.column.cpu())
+        where = (micro.row, micro.column)
         assert mini.rollout.values is not None
         assert mini.returns is not None
-        old, returns, share = (t[where].to(micro.ids.device) for t in (mini.rollout.values, mini.returns, mini.share))
+        old, returns, share = (
+            send(t[where], micro.ids.device) for t in (mini.rollout.values, mini.returns, mini.share)
+        )
         sync_gradients(module.critic, module.trainer.strategy, last)
         values = module.critic(micro.ids, micro.index, micro.pack)
         each, held = module.critic_settings.loss(values, old.to(values), returns.to(values))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lit_rlvr.devices import send
 from lit_rlvr.layout import Layout
 from lit_rlvr.packing import pack_rows
 from lit_rlvr.reduce import Reduce
@@ -27,8 +28,8 @@ class MicroBatch:
             ``pack``.
         index: Flat places in [N * S] of the hidden states that predict ``targets`` [M].
         targets: The response tokens to score [M].
-        row: Row of each target in the rollout [M].
-        column: Position of each target in its response [M].
+        row: Row of each target in the rollout [M], on the CPU like the rollout.
+        column: Position of each target in its response [M], on the CPU.
         rows: How many rows are laid out.
         padding: How many of the places hold no token.
         pack: What attention needs to know of a row of sequences; None: the rows are padded.
@@ -44,10 +45,11 @@ class MicroBatch:
     pack: Pack | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on ``device``."""
-        names = ("ids", "index", "targets", "row", "column")
+        """The same for a policy on ``device``; what tells tokens apart stays with the rollout."""
         pack = None if self.pack is None else self.pack.to(device)
-        return replace(self, pack=pack, **{name: getattr(self, name).to(device) for name in names})
+        return replace(
+            self, pack=pack, **{name: send(getattr(self, name), device) for name in ("ids", "index", "targets")}
+        )
 
 
 def enters(chosen: Tensor) -> Tensor:
@@ -98,8 +100,8 @@ def _padded(rollout: RolloutBatch, rows: Tensor, entering: Tensor) -> tuple[Tens
 
 def empty(device: torch.device) -> MicroBatch:
     """A micro-batch with one token and nothing to learn: it keeps ranks that have no work in step with the others."""
-    nothing = torch.zeros(0, dtype=torch.int64, device=device)
-    return MicroBatch(torch.zeros(1, 1, dtype=torch.int64, device=device), nothing, nothing, nothing, nothing)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return MicroBatch(torch.zeros(1, 1, dtype=torch.int64), nothing, nothing, nothing, nothing).to(device)
 
 
 def sharing(rollout: RolloutBatch, rows: Tensor, responses: Tensor, layout: Layout) -> Tensor:

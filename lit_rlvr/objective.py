@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_rlvr.credit import CreditCallback, CreditContext, penalises, penalties
+from lit_rlvr.devices import send
 from lit_rlvr.kl import KLPenalty, k3
 from lit_rlvr.losses import PolicyLoss
 from lit_rlvr.meter import Meter
@@ -44,7 +45,7 @@ class TokenObjective:
         meter: Meter,
     ) -> None:
         def pick(values: Tensor) -> Tensor:
-            return values[micro.row.to(values.device), micro.column.to(values.device)].to(micro.ids.device)
+            return send(values[micro.row, micro.column], micro.ids.device)
 
         self.loss, self.kl, self.chain, self.ctx, self.scale, self.meter = loss, kl, chain, ctx, scale, meter
         self.row, self.penalised = micro.row, penalises(chain)
@@ -88,10 +89,11 @@ class TokenObjective:
     def _measure(self, log_ratio: Tensor, entering: Tensor, entropies: Tensor, part: slice, loss: Tensor) -> None:
         learns = self.weight[part] > 0
         low, high = self.loss.clipped(entering, self.advantage[part])
-        ratio = log_ratio.exp()
-        self.meter.add(
-            tokens=learns.sum(), loss=loss, ratio=ratio[learns].sum(), clip_low=(low & learns).sum(),
-            clip_high=(high & learns).sum(), kl_old=k3(log_ratio, torch.zeros_like(log_ratio))[learns].sum(),
-            entropy=entropies[learns].sum(),
-        )  # fmt: skip
-        self.meter.extremes(log_ratio[learns])
+        each = {
+            "ratio": log_ratio.exp(), "clip_low": low, "clip_high": high,
+            "kl_old": k3(log_ratio, torch.zeros_like(log_ratio)), "entropy": entropies,
+        }  # fmt: skip
+        # Picking the tokens that learn would have to wait for a GPU to count them.
+        sums = {name: torch.where(learns, values, torch.zeros_like(values)).sum() for name, values in each.items()}
+        self.meter.add(tokens=learns.sum(), loss=loss, **sums)
+        self.meter.extremes(ratio=torch.where(learns, log_ratio, torch.zeros_like(log_ratio)))

@@ -38,9 +38,11 @@ def score(
     """
     logprobs, entropies = (torch.zeros_like(rollout.response_mask, dtype=torch.float32) for _ in range(2))
     everything, reduce = rollout.response_mask, reduce or LocalReduce()
-    for micro, _ in cut(rollout, everything, budget, None, policy.device, reduce, policy.layout):
-        logp, entropy = policy(micro.ids, micro.index, micro.targets, temperature, pack=micro.pack)
-        where = (micro.row.cpu(), micro.column.cpu())
+    micros = [micro for micro, _ in cut(rollout, everything, budget, None, policy.device, reduce, policy.layout)]
+    # Fetched at the end: a GPU would be idle after every micro-batch.
+    scored = [policy(micro.ids, micro.index, micro.targets, temperature, pack=micro.pack) for micro in micros]
+    for micro, (logp, entropy) in zip(micros, scored, strict=True):
+        where = (micro.row, micro.column)
         logprobs[where], entropies[where] = logp.float().cpu(), entropy.float().cpu()
     return logprobs, entropies
 

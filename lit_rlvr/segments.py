@@ -18,6 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lit_rlvr.devices import send
+
 NAME = "lit_rlvr_segments"
 
 
@@ -57,7 +59,7 @@ class Part:
 
     def to(self, device: torch.device) -> Self:
         """The same with its tensors on ``device``."""
-        owner, spread, real = (t if t is None else t.to(device) for t in (self.owner, self.spread, self.real))
+        owner, spread, real = (t if t is None else send(t, device) for t in (self.owner, self.spread, self.real))
         return replace(self, owner=owner, spread=spread, real=real)
 
     def own(self, values: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class Pack:
 
     def to(self, device: torch.device) -> Pack:
         """The same with its tensors on ``device``."""
-        return Pack(self.positions.to(device), tuple(part.to(device) for part in self.parts))
+        return Pack(send(self.positions, device), tuple(part.to(device) for part in self.parts))
 
     def mask(self, part: Part, window: int | None, like: Tensor) -> Tensor | None:
         """Additive mask [longest, prompt + longest] of a part; None: plain causal. All layers share it."""
