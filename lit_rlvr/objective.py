@@ -11,7 +11,7 @@ from lit_rlvr.credit import CreditCallback, CreditContext, penalises, penalties
 from lit_rlvr.devices import send
 from lit_rlvr.kl import KLPenalty, k3
 from lit_rlvr.losses import PolicyLoss
-from lit_rlvr.meter import Meter
+from lit_rlvr.meter import Meter, wide
 from lit_rlvr.microbatch import MicroBatch
 from lit_rlvr.minibatch import MiniBatch
 from lit_rlvr.types import Tokens
@@ -54,6 +54,7 @@ class TokenObjective:
         self.kl_coef = None if credit.kl_coef is None else pick(credit.kl_coef)
         self.denominator, self.share_denominator = mini.denominator or 1.0, mini.share_denominator or 1.0
         self.old = None if mini.own_old else pick(mini.rollout.old_logprobs)
+        self.engine = pick(mini.rollout.old_logprobs) if mini.engine_old else None
         if kl is not None or self.penalised:
             self.share = pick(mini.share)
         if kl is not None:
@@ -71,6 +72,8 @@ class TokenObjective:
         total = -objective.sum() / self.denominator
         total = total + self._held_back(logprobs, entropies, old, part)
         self._measure(log_ratio.detach(), entering.detach(), entropies.detach(), part, total.detach())
+        if self.engine is not None:
+            self._compare(logprobs.detach(), self.engine[part])
         return total * self.scale
 
     def _held_back(self, logprobs: Tensor, entropies: Tensor, old: Tensor, part: slice) -> Tensor:
@@ -97,3 +100,9 @@ class TokenObjective:
         sums = {name: torch.where(learns, values, torch.zeros_like(values)).sum() for name, values in each.items()}
         self.meter.add(tokens=learns.sum(), loss=loss, **sums)
         self.meter.extremes(ratio=torch.where(learns, log_ratio, torch.zeros_like(log_ratio)))
+
+    def _compare(self, logprobs: Tensor, engine: Tensor) -> None:
+        """Measure how far the engine's probabilities are from these."""
+        log_ratio = wide(logprobs - engine)
+        self.meter.add(engine_ratio=log_ratio.exp().sum(), engine_tokens=float(len(log_ratio)))
+        self.meter.extremes(engine_ratio=log_ratio)

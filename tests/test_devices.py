@@ -111,7 +111,7 @@ def test_nothing_waits_for_the_device(case: str, own_old: bool, monkeypatch: pyt
     looks: list[Tensor] = []
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", looks.append)
     passes: list[Any] = []
-    ours, mini, meter = module(**CASES[case]), mini_batch(own_old=own_old), Meter()
+    ours, mini, meter = module(**CASES[case]), mini_batch(own_old=own_old, engine_old=own_old), Meter()
     for model in (ours.policy, ours.critic):
         model.register_forward_hook(lambda *_: passes.append(_))
     with Waiting() as waiting:

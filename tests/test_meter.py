@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from lit_rlvr_callbacks import PerplexityShaping
 from rollouts import full_credit, random_rollout, run_ranks
+from runs import tiny_module, train
+from torch import Tensor
 
-from lit_rlvr import CreditContext
+from lit_rlvr import Batch, CreditContext
 from lit_rlvr.aggregation import TokenMean
+from lit_rlvr.engines import InProcessEngine
+from lit_rlvr.kl import KLPenalty
 from lit_rlvr.losses import ClippedSurrogate
 from lit_rlvr.meter import Meter
 from lit_rlvr.microbatch import cut
@@ -84,3 +89,51 @@ def test_tokens_that_do_not_learn_leave_no_trace() -> None:
     }
     wanted = {name: float(value) for name, value in expected.items()}
     assert {name: metrics[name] for name in expected} == pytest.approx(wanted, rel=1e-6)
+
+
+def off_by(ids: Tensor) -> Tensor:
+    """How far the engine below is from the policy, in nats."""
+    return 0.1 * (ids % 7) - 0.4
+
+
+class OffEngine(InProcessEngine):
+    """An engine whose log-probabilities are off by something that differs from token to token."""
+
+    def exact(self, precision: str) -> bool:
+        return False
+
+    def generate(self, *args: Any) -> Any:
+        out = super().generate(*args)
+        return replace(out, logprobs=(out.logprobs + off_by(out.ids)) * out.mask, entropies=None)
+
+
+def ratios(metrics: dict[str, float], where: str) -> list[float]:
+    """Mean, maximum and minimum of the engine's ratios."""
+    return [metrics[f"{where}/engine_ratio{end}"] for end in ("", "_max", "_min")]
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_an_engine_is_measured_by_the_training_forward(everything: bool) -> None:
+    """Where no scoring pass is taken: over all response tokens if all of them enter the loss, else those that learn."""
+    batch, kl = Batch(prompts=6, responses=2, micro_tokens=40), KLPenalty(0.1) if everything else None
+    module = tiny_module(batch=batch, engine=OffEngine(), kl=kl)
+    (metrics,) = train(module, 1).metrics
+    assert module.phase is not None
+    facts, credit = module.phase.rollout, module.phase.credit
+    measured = facts.response_mask if everything else credit.learns
+    assert everything or 0 < measured.sum() < facts.response_mask.sum()
+    expected = (-off_by(facts.response_ids[measured])).double().exp()
+    by_hand = [float(x) for x in (expected.mean(), expected.max(), expected.min())]
+    # The engine's numbers are float32: of a log-probability of some 4 nats, 2^-23 of itself.
+    assert ratios(metrics, "train") == pytest.approx(by_hand, rel=1e-5)
+    assert "rollout/engine_ratio" not in metrics
+    assert metrics["train/ratio"] == 1
+    if everything:  # a scoring pass says the same of the same rollouts
+        (scored,) = train(tiny_module(batch=batch, engine=OffEngine(), kl=kl), 1, PerplexityShaping(0.3)).metrics
+        assert ratios(scored, "rollout") == pytest.approx(by_hand, rel=1e-5)
+        assert "train/engine_ratio" not in scored
+
+
+def test_an_exact_engine_is_not_measured() -> None:
+    (metrics,) = train(tiny_module(batch=Batch(prompts=4, responses=4)), 1).metrics
+    assert not any("engine_ratio" in name for name in metrics)
