@@ -47,9 +47,8 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         """The same for a policy on ``device``; what tells tokens apart stays with the rollout."""
         pack = None if self.pack is None else self.pack.to(device)
-        return replace(
-            self, pack=pack, **{name: send(getattr(self, name), device) for name in ("ids", "index", "targets")}
-        )
+        ids, index, targets = (send(tensor, device) for tensor in (self.ids, self.index, self.targets))
+        return replace(self, ids=ids, index=index, targets=targets, pack=pack)
 
 
 def enters(chosen: Tensor) -> Tensor:
