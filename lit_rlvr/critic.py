@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_rlvr.devices import send
 from lit_rlvr.layout import Layout, takes_masks
 from lit_rlvr.meter import Meter
 from lit_rlvr.microbatch import cut
@@ -16,6 +17,7 @@ from lit_rlvr.minibatch import MiniBatch
 from lit_rlvr.policy import load_policy
 from lit_rlvr.reduce import Reduce
 from lit_rlvr.segments import Pack, hidden_states
+from lit_rlvr.sharding import sync_gradients
 from lit_rlvr.types import RolloutBatch
 
 if TYPE_CHECKING:
@@ -108,8 +110,11 @@ def score_values(critic: Any, rollout: RolloutBatch, budget: int, device: torch.
     """The critic's value of the state before each response token [B, T]; 0 off the mask. Every rank calls it."""
     values = torch.zeros_like(rollout.old_logprobs)
     masks = takes_masks(critic.hf, device)
+    scored = []
     for micro, _ in cut(rollout, rollout.response_mask, budget, None, device, reduce, critic.layout, masks):
-        values[micro.row.cpu(), micro.column.cpu()] = critic(micro.ids, micro.index, micro.pack).to(values)
+        scored.append(((micro.row, micro.column), critic(micro.ids, micro.index, micro.pack)))
+    for where, own in scored:  # fetched at the end: a GPU would be idle after every micro-batch
+        values[where] = own.to(values)
     return values
 
 
@@ -122,10 +127,13 @@ def value_losses(module: RLVRModule, mini: MiniBatch, meter: Meter) -> Iterator[
     mask, budget, scale = mini.rollout.response_mask, module.batch.micro_tokens, module.reduce.world_size
     layout, masks = module.critic.layout, takes_masks(module.critic.hf, module.device)
     for micro, last in cut(mini.rollout, mask, budget, None, module.device, module.reduce, layout, masks):
-        where = (micro.row.cpu(), micro.column.cpu())
+        where = (micro.row, micro.column)
         assert mini.rollout.values is not None
         assert mini.returns is not None
-        old, returns, share = (t[where].to(micro.ids.device) for t in (mini.rollout.values, mini.returns, mini.share))
+        old, returns, share = (
+            send(t[where], micro.ids.device) for t in (mini.rollout.values, mini.returns, mini.share)
+        )
+        sync_gradients(module.critic, module.trainer.strategy, last)
         values = module.critic(micro.ids, micro.index, micro.pack)
         each, held = module.critic_settings.loss(values, old.to(values), returns.to(values))
         loss = (share * each).sum() / (mini.share_denominator or 1.0)

@@ -41,7 +41,7 @@ def explain(
     for title, lines in (
         ("Not known here", facts.notes),
         ("Phase", phase_lines(module, facts, asked)),
-        ("Devices", device_lines(module, cluster, facts)),
+        ("Devices", device_lines(module, cluster, facts, asked)),
         ("Algorithm", algorithm_lines(module)),
         ("Credit", [describe_chain(chain), *chain_lines(module, chain)]),
         ("Passes over a phase's rollouts", pass_lines(module, chain, asked)),
@@ -108,7 +108,7 @@ def scheduler_line(module: Any, steps: int) -> str:
     return line
 
 
-def device_lines(module: Any, cluster: Cluster, facts: Facts) -> list[str]:
+def device_lines(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, Any]) -> list[str]:
     """What one device does."""
     batch, width = module.batch, facts.width(module)
     rows, fit = own_rows(module, cluster), micro_rows(module, cluster, width)
@@ -117,11 +117,23 @@ def device_lines(module: Any, cluster: Cluster, facts: Facts) -> list[str]:
         holds = f"micro_tokens {batch.micro_tokens:,} holds {fit} of the longest ({width} tokens)"
     else:
         holds = f"micro_rows {batch.micro_rows} takes {fit} at a time, at most {fit * width:,} tokens"
-    return [
+    lines = [
         f"{cluster.devices} device(s), {kind}" if cluster.devices > 1 else "1 device",
         f"each learns from {rows} rollouts per step; {holds}, so about {-(-rows // fit)} forward and backward "
         "pass(es) per step",
     ]
+    if keeps_whole(module, cluster, facts, asked):
+        lines.append("gradients are averaged after the last of them, and whole on each device until then (sync: last)")
+    elif cluster.sharded and cluster.devices > 1:
+        lines.append("gradients are averaged over the devices and spread after each of them")
+    return lines
+
+
+def keeps_whole(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, Any]) -> bool:
+    """Whether each device holds whole gradients between the micro-batches of a step, of which there are several."""
+    strategy = asked.get("strategy")
+    several = own_rows(module, cluster) > micro_rows(module, cluster, facts.width(module))
+    return cluster.devices > 1 and several and isinstance(strategy, FSDP2Strategy) and strategy.sync == "last"
 
 
 def algorithm_lines(module: Any) -> list[str]:
@@ -223,6 +235,7 @@ def memory_of(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, Any]
         gathered_dtype=asked["strategy"].param_dtype if isinstance(asked.get("strategy"), FSDP2Strategy) else None,
         adapters=None if module.lora is None else adapter_parameters(facts.config, module.lora),
         packed=packs(module, asked),
+        keeps_whole=keeps_whole(module, cluster, facts, asked),
     )
 
 

@@ -15,6 +15,7 @@ from lit_rlvr.microbatch import MicroBatch, cut
 from lit_rlvr.minibatch import MiniBatch
 from lit_rlvr.objective import TokenObjective
 from lit_rlvr.refine import of_micro_batch
+from lit_rlvr.sharding import sync_gradients
 
 if TYPE_CHECKING:
     from lit_rlvr.module import RLVRModule
@@ -29,6 +30,7 @@ def policy_losses(module: RLVRModule, mini: MiniBatch, meter: Meter) -> Iterator
     meter.add(rows=float(len(mini.rollout)))
     for micro, last in micro_batches(module, mini):
         meter.add(entered=float(micro.rows), places=float(micro.ids.numel()), padding=float(micro.padding))
+        sync_gradients(module.policy, module.trainer.strategy, last)
         tokens = (micro.ids, micro.index, micro.targets)
         score = partial(module.policy, *tokens, module.sampling.temperature, pack=micro.pack)
         if module.separable:
@@ -45,7 +47,7 @@ def objective(module: RLVRModule, mini: MiniBatch, micro: MicroBatch, meter: Met
     return TokenObjective(mini, micro, module.loss, module.kl_loss, module.chain, module.ctx, scale, meter)
 
 
-def micro_batches(module: RLVRModule, mini: MiniBatch) -> list[tuple[MicroBatch, bool]]:
+def micro_batches(module: RLVRModule, mini: MiniBatch) -> Iterator[tuple[MicroBatch, bool]]:
     """Cut a mini-batch's rows by the token budget, or into ``micro_rows`` rows each; the flag marks the last.
 
     Only tokens with something to learn are asked for, and rows without any are left out: exact, because their gradient

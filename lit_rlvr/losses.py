@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_rlvr.devices import send
+
 LOG_RATIO_LIMIT = 20.0
 """A token e^20 times as likely as before learns no more: float32 would overflow soon after, and spoil the step."""
 
@@ -25,7 +27,10 @@ class PolicyLoss(ABC):
     sequence_level = False
 
     def entering(self, log_ratio: Tensor, row: Tensor) -> Tensor:
-        """The log-ratio that enters the surrogate of each token [m], from its own [m] and its response's number [m]."""
+        """The log-ratio that enters the surrogate of each token [m], from its own [m] and its response's number [m].
+
+        The numbers are on the CPU: what follows from them must not wait for a GPU.
+        """
         return log_ratio
 
     @abstractmethod
@@ -113,9 +118,9 @@ class GSPO(ClippedSurrogate):
         return self.level == "sequence"
 
     def entering(self, log_ratio: Tensor, row: Tensor) -> Tensor:
-        _, inverse = torch.unique(row, return_inverse=True)
-        sums = log_ratio.new_zeros(int(inverse.max()) + 1 if len(row) else 0)
-        sizes = torch.bincount(inverse, minlength=len(sums)).to(log_ratio)
+        _, inverse, sizes = torch.unique(row, return_inverse=True, return_counts=True)
+        inverse, sizes = (send(numbers, log_ratio.device) for numbers in (inverse, sizes))
+        sums = log_ratio.new_zeros(len(sizes))
         mean = (sums.index_add(0, inverse, log_ratio) / sizes)[inverse]
         return mean if self.level == "sequence" else mean.detach() + log_ratio - log_ratio.detach()
 

@@ -42,6 +42,8 @@ class Memory:
         gathered: The whole weights during the rollout, where each device holds a part of them otherwise.
         critic: The value model and its optimizer's state.
         critic_step: Its gradients, and the activations of its own micro-batch: the policy's last is still there.
+        whole_gradients: Gradients of policy and critic that are kept whole between micro-batches, where each device
+            holds a part of them otherwise.
     """
 
     weights: int
@@ -54,6 +56,7 @@ class Memory:
     gathered: int = 0
     critic: int = 0
     critic_step: int = 0
+    whole_gradients: int = 0
 
     @property
     def training(self) -> int:
@@ -88,6 +91,7 @@ def estimate(
     adapters: int | None = None,
     gathered_dtype: str | None = None,
     packed: bool = False,
+    keeps_whole: bool = False,
 ) -> Memory:
     """Estimate the memory of one device.
 
@@ -108,10 +112,11 @@ def estimate(
             not counted. Null: the weights are trained.
         gathered_dtype: Dtype of the whole copy that a sharded policy samples with; null: ``dtype``.
         packed: Whether rollouts are decoded with packed copies of the weights.
+        keeps_whole: Whether a sharded policy and critic keep whole gradients between micro-batches.
     """
     text, size = config.get_text_config(), DTYPES[dtype].itemsize
     activations, parameters = _counted(config, dtype, micro_rows, width, gradient_checkpointing)
-    states, values, value_activations = STATES.get(optimizer, 2), 0, 0
+    states, values, value_activations, body = STATES.get(optimizer, 2), 0, 0, 0
     if critic is not None:
         value_activations, body = _counted(critic, dtype, micro_rows, width, gradient_checkpointing)
         of_critic = critic.get_text_config()
@@ -138,6 +143,8 @@ def estimate(
         gathered=parameters * DTYPES[gathered_dtype or dtype].itemsize if sharded else 0,
         critic=(1 + states) * values,
         critic_step=values + value_activations,
+        # FSDP2 adds them up in the dtype that it reduces in.
+        whole_gradients=keeps_whole * max(size, 4) * (body + (parameters if adapters is None else adapters)),
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lit_rlvr.devices import send
 from lit_rlvr.layout import Layout
 from lit_rlvr.packing import pack_rows
 from lit_rlvr.reduce import Reduce
@@ -27,8 +29,8 @@ class MicroBatch:
             ``pack``.
         index: Flat places in [N * S] of the hidden states that predict ``targets`` [M].
         targets: The response tokens to score [M].
-        row: Row of each target in the rollout [M].
-        column: Position of each target in its response [M].
+        row: Row of each target in the rollout [M], on the CPU like the rollout.
+        column: Position of each target in its response [M], on the CPU.
         rows: How many rows are laid out.
         padding: How many of the places hold no token.
         pack: What attention needs to know of a row of sequences; None: the rows are padded.
@@ -44,10 +46,10 @@ class MicroBatch:
     pack: Pack | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on ``device``."""
-        names = ("ids", "index", "targets", "row", "column")
+        """The same for a policy on ``device``; what tells tokens apart stays with the rollout."""
         pack = None if self.pack is None else self.pack.to(device)
-        return replace(self, pack=pack, **{name: getattr(self, name).to(device) for name in names})
+        ids, index, targets = (send(tensor, device) for tensor in (self.ids, self.index, self.targets))
+        return replace(self, ids=ids, index=index, targets=targets, pack=pack)
 
 
 def enters(chosen: Tensor) -> Tensor:
@@ -103,8 +105,8 @@ def _padded(rollout: RolloutBatch, rows: Tensor, entering: Tensor) -> tuple[Tens
 
 def empty(device: torch.device) -> MicroBatch:
     """A micro-batch with one token and nothing to learn: it keeps ranks that have no work in step with the others."""
-    nothing = torch.zeros(0, dtype=torch.int64, device=device)
-    return MicroBatch(torch.zeros(1, 1, dtype=torch.int64, device=device), nothing, nothing, nothing, nothing)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return MicroBatch(torch.zeros(1, 1, dtype=torch.int64), nothing, nothing, nothing, nothing).to(device)
 
 
 def sharing(rollout: RolloutBatch, rows: Tensor, responses: Tensor, layout: Layout, masks: bool) -> Tensor:
@@ -139,8 +141,8 @@ def cut(
     reduce: Reduce,
     layout: Layout = "padded",
     masks: bool = True,
-) -> list[tuple[MicroBatch, bool]]:
-    """Cut the rows that have a chosen token into micro-batches; the flag marks the last.
+) -> Iterator[tuple[MicroBatch, bool]]:
+    """Cut the rows that have a chosen token into micro-batches, laid out one by one; the flag marks the last.
 
     All ranks get the same number, at least one: a rank with fewer rows gets empty ones at the end.
 
@@ -164,6 +166,7 @@ def cut(
         same = sharing(rollout, rows, responses, layout, masks)
         parts = [rows[part] for part in split_prompts(prompts, responses, same, budget)]
     number = max(1, int(reduce.max(torch.tensor(len(parts)))))
-    micros = [lay_out(rollout, part, chosen, device, layout, masks) for part in parts]
-    micros += [empty(device)] * (number - len(micros))
-    return [(micro, i == number - 1) for i, micro in enumerate(micros)]
+    for i in range(number):
+        filled = i < len(parts)
+        micro = lay_out(rollout, parts[i], chosen, device, layout, masks) if filled else empty(device)
+        yield micro, i == number - 1

@@ -25,6 +25,8 @@ class MiniBatch:
         sequences: Responses over all ranks.
         returns: What the critic learns to predict [B, T]; None without a critic.
         own_old: Use the training forward's own log-probabilities, detached, as the old ones.
+        engine_old: The old log-probabilities of the facts are those of an engine that is not exact, and not of use but
+            for measuring how far it is from the training forward.
     """
 
     rollout: RolloutBatch
@@ -35,6 +37,7 @@ class MiniBatch:
     sequences: float
     returns: Tensor | None = None
     own_old: bool = False
+    engine_old: bool = False
 
     @classmethod
     def of(
@@ -46,6 +49,7 @@ class MiniBatch:
         *,
         returns: Tensor | None = None,
         own_old: bool = False,
+        engine_old: bool = False,
     ) -> MiniBatch:
         """Make a mini-batch of this rank's rows; every rank calls it."""
         share = aggregation.share(rollout.response_mask)
@@ -60,11 +64,13 @@ class MiniBatch:
             sequences,
             returns,
             own_old,
+            engine_old,
         )
 
     def with_credit(self, credit: Credit, aggregation: Aggregation, reduce: Reduce) -> MiniBatch:
         """The same rows with other credit; every rank calls it."""
-        return MiniBatch.of(self.rollout, credit, aggregation, reduce, returns=self.returns, own_old=self.own_old)
+        of_old = {"own_old": self.own_old, "engine_old": self.engine_old}
+        return MiniBatch.of(self.rollout, credit, aggregation, reduce, returns=self.returns, **of_old)
 
     def denominator_of(self, credit: Credit, aggregation: Aggregation) -> float:
         """The denominator of a micro-batch that is divided by its own count.

@@ -132,6 +132,7 @@ class RLVRModule(EvaluationSteps):
         self._metrics: dict[str, float] = {}
         self.ctx: CreditContext
         self._mini: MiniBatch
+        self._meter: Meter
         self._configured: Hyperparameters
         object.__setattr__(self, "reference", None)
         check_algorithm(self)
@@ -166,12 +167,15 @@ class RLVRModule(EvaluationSteps):
         not depend on how rows are cut. Lightning runs the last backward pass, clips and steps.
         """
         self.trainer.optimizers[0].zero_grad()
-        meter = Meter()
-        loss = backward_but_last(policy_losses(self, self._mini, meter))
+        self._meter = Meter()
+        loss = backward_but_last(policy_losses(self, self._mini, self._meter))
         if self.critic is not None:
-            loss = loss + backward_but_last(value_losses(self, self._mini, meter))
-        self._metrics |= meter.read(self.reduce) | self.ctx.metrics
+            loss = loss + backward_but_last(value_losses(self, self._mini, self._meter))
         return loss
+
+    def on_after_backward(self) -> None:
+        """Read what was measured, now that a GPU has been asked for the whole step."""
+        self._metrics |= self._meter.read(self.reduce) | self.ctx.metrics
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: Lightning would zero after ``training_step``, which begins with zeroing and accumulates."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lit_rlvr.credit import CreditCallback, CreditContext, penalises, penalties
+from lit_rlvr.devices import send
 from lit_rlvr.kl import KLPenalty, k3
 from lit_rlvr.losses import PolicyLoss
-from lit_rlvr.meter import Meter
+from lit_rlvr.meter import Meter, wide
 from lit_rlvr.microbatch import MicroBatch
 from lit_rlvr.minibatch import MiniBatch
 from lit_rlvr.types import Tokens
@@ -44,7 +45,7 @@ class TokenObjective:
         meter: Meter,
     ) -> None:
         def pick(values: Tensor) -> Tensor:
-            return values[micro.row.to(values.device), micro.column.to(values.device)].to(micro.ids.device)
+            return send(values[micro.row, micro.column], micro.ids.device)
 
         self.loss, self.kl, self.chain, self.ctx, self.scale, self.meter = loss, kl, chain, ctx, scale, meter
         self.row, self.penalised = micro.row, penalises(chain)
@@ -53,6 +54,7 @@ class TokenObjective:
         self.kl_coef = None if credit.kl_coef is None else pick(credit.kl_coef)
         self.denominator, self.share_denominator = mini.denominator or 1.0, mini.share_denominator or 1.0
         self.old = None if mini.own_old else pick(mini.rollout.old_logprobs)
+        self.engine = pick(mini.rollout.old_logprobs) if mini.engine_old else None
         if kl is not None or self.penalised:
             self.share = pick(mini.share)
         if kl is not None:
@@ -70,6 +72,8 @@ class TokenObjective:
         total = -objective.sum() / self.denominator
         total = total + self._held_back(logprobs, entropies, old, part)
         self._measure(log_ratio.detach(), entering.detach(), entropies.detach(), part, total.detach())
+        if self.engine is not None:
+            self._compare(logprobs.detach(), self.engine[part])
         return total * self.scale
 
     def _held_back(self, logprobs: Tensor, entropies: Tensor, old: Tensor, part: slice) -> Tensor:
@@ -88,10 +92,17 @@ class TokenObjective:
     def _measure(self, log_ratio: Tensor, entering: Tensor, entropies: Tensor, part: slice, loss: Tensor) -> None:
         learns = self.weight[part] > 0
         low, high = self.loss.clipped(entering, self.advantage[part])
-        ratio = log_ratio.exp()
-        self.meter.add(
-            tokens=learns.sum(), loss=loss, ratio=ratio[learns].sum(), clip_low=(low & learns).sum(),
-            clip_high=(high & learns).sum(), kl_old=k3(log_ratio, torch.zeros_like(log_ratio))[learns].sum(),
-            entropy=entropies[learns].sum(),
-        )  # fmt: skip
-        self.meter.extremes(log_ratio[learns])
+        each = {
+            "ratio": log_ratio.exp(), "clip_low": low, "clip_high": high,
+            "kl_old": k3(log_ratio, torch.zeros_like(log_ratio)), "entropy": entropies,
+        }  # fmt: skip
+        # Picking the tokens that learn would have to wait for a GPU to count them.
+        sums = {name: torch.where(learns, values, torch.zeros_like(values)).sum() for name, values in each.items()}
+        self.meter.add(tokens=learns.sum(), loss=loss, **sums)
+        self.meter.extremes(ratio=torch.where(learns, log_ratio, torch.zeros_like(log_ratio)))
+
+    def _compare(self, logprobs: Tensor, engine: Tensor) -> None:
+        """Measure how far the engine's probabilities are from these."""
+        log_ratio = wide(logprobs - engine)
+        self.meter.add(engine_ratio=log_ratio.exp().sum(), engine_tokens=float(len(log_ratio)))
+        self.meter.extremes(engine_ratio=log_ratio)

@@ -139,11 +139,9 @@ def into_mini_batches(
     for number in range(module.batch.minibatches):
         rows = (owner == number).nonzero().squeeze(-1)
         target = None if returns is None else returns[rows]
-        minibatches.append(
-            MiniBatch.of(
-                rollout.rows(rows), credit.rows(rows), module.aggregation, reduce, returns=target, own_old=own_old
-            )
-        )
+        facts, own = rollout.rows(rows), credit.rows(rows)
+        options = {"own_old": own_old, "engine_old": own_old}
+        minibatches.append(MiniBatch.of(facts, own, module.aggregation, reduce, returns=target, **options))
     return minibatches
 
 
@@ -173,7 +171,8 @@ def _score(module: RLVRModule, rollout: RolloutBatch, reduce: Reduce) -> tuple[R
     """Fill in log-probabilities that the engine could not give exactly, and the reference model's.
 
     Returns the rollout, and whether the training forward's own log-probabilities serve as the old ones: a phase with
-    one update has not left the old policy yet, so unless something reads them before, no pass is needed.
+    one update has not left the old policy yet, so unless something reads them before, no pass is needed. The rollout's
+    are the engine's then, and are only compared with those of the training forward.
     """
     temperature, budget = module.sampling.temperature, module.batch.micro_tokens
     exact = engine_is_exact(module)

@@ -62,13 +62,12 @@ def of_micro_batch(
     acting = [c for c in module.chain if c.scope == "micro_batch"]
     if not acting:
         return mini
-    rows, column = micro.row.unique(), micro.column.cpu()
-    local = torch.searchsorted(rows, micro.row).cpu()
-    rows = rows.cpu()
+    rows, local = micro.row.unique(return_inverse=True)
     facts, credit = mini.rollout.rows(rows), mini.credit.rows(rows)
-    seen = [torch.zeros_like(facts.old_logprobs) for _ in range(2)]
-    for tensor, values in zip(seen, (logprobs, entropies), strict=True):
-        tensor[local, column] = values.detach().to(tensor)
+    # The one thing in a micro-batch that a GPU is waited for: callbacks look at it on the CPU.
+    fetched = torch.stack([logprobs, entropies]).detach().to(facts.old_logprobs)
+    seen = torch.zeros(2, *facts.old_logprobs.shape, dtype=fetched.dtype)
+    seen[:, local, micro.column] = fetched
     ctx.current = Current(*seen)
     after = assign_credit(acting, facts, credit, ctx, "micro_batch")
     ctx.current = None

@@ -40,9 +40,11 @@ def score(
     logprobs, entropies = (torch.zeros_like(rollout.response_mask, dtype=torch.float32) for _ in range(2))
     everything, reduce = rollout.response_mask, reduce or LocalReduce()
     masks = takes_masks(policy.hf, policy.device)
+    scored = []
     for micro, _ in cut(rollout, everything, budget, None, policy.device, reduce, policy.layout, masks):
-        logp, entropy = policy(micro.ids, micro.index, micro.targets, temperature, pack=micro.pack)
-        where = (micro.row.cpu(), micro.column.cpu())
+        facts = policy(micro.ids, micro.index, micro.targets, temperature, pack=micro.pack)
+        scored.append(((micro.row, micro.column), facts))
+    for where, (logp, entropy) in scored:  # fetched at the end: a GPU would be idle after every micro-batch
         logprobs[where], entropies[where] = logp.float().cpu(), entropy.float().cpu()
     return logprobs, entropies
 

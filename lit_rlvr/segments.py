@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lit_rlvr.devices import send
 from lit_rlvr.varlen import Spans, attend_spans, varlen_serves
 
 NAME = "lit_rlvr_segments"
@@ -63,7 +64,7 @@ class Part:
 
     def to(self, device: torch.device) -> Self:
         """The same with its tensors on ``device``."""
-        owner, spread, real = (t if t is None else t.to(device) for t in (self.owner, self.spread, self.real))
+        owner, spread, real = (t if t is None else send(t, device) for t in (self.owner, self.spread, self.real))
         return replace(self, owner=owner, spread=spread, real=real)
 
     def own(self, values: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class Pack:
     def to(self, device: torch.device) -> Pack:
         """The same with its tensors on ``device``."""
         parts = tuple(part.to(device) for part in self.parts)
-        return Pack(self.positions.to(device), parts, self.spans.to(device))
+        return Pack(send(self.positions, device), parts, self.spans.to(device))
 
     def mask(self, rows: int, keys: int, window: int | None, like: Tensor) -> Tensor:
         """Additive mask [rows, keys] of the last queries and the last keys of a sequence. All layers share it."""

@@ -2,7 +2,7 @@
 
 Our :class:`~lit_rlvr.policy.Policy` is the root, so that its ``forward`` and ``next_logits`` are the only places where
 weights are gathered; decoder layers are gathered one at a time. Gradients are reduced after every micro-batch, so no
-device ever holds a whole gradient.
+device ever holds a whole gradient, unless ``sync: last`` asks for it.
 """
 
 from __future__ import annotations
@@ -40,17 +40,25 @@ class FSDP2Strategy(ModelParallelStrategy):
         param_dtype: Dtype in which weights are gathered and computed with; null: that of ``model.dtype``. With
             ``bfloat16`` and ``model.dtype`` float32 the optimizer works on float32 weights.
         cpu_offload: Keep weights, gradients and optimizer state in CPU memory, and step the optimizer there.
+        sync: When gradients are averaged over devices and spread. ``each``: after every micro-batch. ``last``: once per
+            optimiser step, after its last one; until then every device holds the whole gradients, in the dtype that
+            they are averaged in (4 bytes per trained parameter), which ``lit-rlvr explain`` counts. Changes speed and
+            memory, never the gradient.
         save_distributed_checkpoint: Every process writes its part into a folder; false: one process writes one file,
             which other strategies can open too.
         process_group_backend: Of ``torch.distributed``; null: nccl on GPUs (with gloo for ``cpu_offload``), else gloo.
 
     Gradients are averaged over devices in float32, or in float64 for float64 weights.
+
+    Raises:
+        ValueError: For ``sync: last`` on a single device, whose gradients are never spread.
     """
 
     def __init__(
         self,
         param_dtype: Literal["bfloat16", "float32"] | None = None,
         cpu_offload: bool = False,
+        sync: Literal["each", "last"] = "each",
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
     ) -> None:
@@ -59,10 +67,15 @@ class FSDP2Strategy(ModelParallelStrategy):
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
         )
-        self.param_dtype, self.cpu_offload = param_dtype, cpu_offload
+        self.param_dtype, self.cpu_offload, self.sync = param_dtype, cpu_offload, sync
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
+        if self.sync == "last" and self._data_parallel_size == 1:
+            raise ValueError(
+                "trainer.strategy.sync: last spares a single device nothing, because its gradients are whole; leave it "
+                "at each"
+            )
         super().setup_environment()
 
     def model_to_device(self) -> None:
@@ -178,6 +191,22 @@ def shard(model: Any, strategy: ModelParallelStrategy) -> None:
     fully_shard(model, **options)
     if isinstance(model, Policy):
         register_fsdp_forward_method(model, "next_logits")
+
+
+def sync_gradients(model: Any, strategy: Strategy, last: bool) -> None:
+    """Say, before a micro-batch's backward pass, whether its gradients are averaged over devices and spread.
+
+    The last one's are, together with what the others have left. Micro-batches are as many on every rank. Weights are
+    let go of after each: only the gradients stay.
+
+    Args:
+        model: The policy or the critic.
+        strategy: The run's strategy; only an ``FSDP2Strategy`` with ``sync: last`` waits. DDP averages once per step by
+            itself, because backward passes inside of ``training_step`` come before it listens.
+        last: Whether it is the step's last micro-batch.
+    """
+    if isinstance(strategy, FSDP2Strategy) and strategy.sync == "last":
+        model.set_requires_gradient_sync(last)
 
 
 def _set_buffers(model: nn.Module, buffers: dict[str, Tensor], device: torch.device) -> None:

@@ -15,6 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lit_rlvr.devices import send
+
 DTYPES = (torch.bfloat16, torch.float16)
 """What the kernel computes in."""
 
@@ -54,8 +56,8 @@ class Spans:
 
     def to(self, device: torch.device) -> Self:
         """The same with its tensors on ``device``."""
-        places = None if self.places is None else self.places.to(device)
-        return replace(self, queries=self.queries.to(device), keys=self.keys.to(device), places=places)
+        places = None if self.places is None else send(self.places, device)
+        return replace(self, queries=send(self.queries, device), keys=send(self.keys, device), places=places)
 
 
 def varlen_serves(query: Tensor, value: Tensor, options: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from ddp_run import CASES, STEPS, Recorded, cases, run
 from runs import FLOAT32_NORMS
 
 HERE = Path(__file__).parent
-TOGETHER = ("ddp", "fsdp", "fsdp1")
+TOGETHER = ("ddp", "fsdp", "fsdp_last", "fsdp1")
 
 
 def torchrun(script: str, *arguments: str, processes: int = 2, timeout: int = 300) -> None:
@@ -81,3 +81,16 @@ def test_generation_gathers_weights_once(strategy: str, collectives: int, two_pr
     """Two decoder layers and the root, however many tokens a rank decodes; ranks decode different numbers."""
     for rank in range(2):
         assert Recorded(*torch.load(two_processes / f"{strategy}_plain_{rank}.pt")).collectives == collectives
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(480)
+def test_gradients_are_reduced_as_often_as_asked(two_processes: Path) -> None:
+    """Under FSDP2 the two layers and the root, once per micro-batch or per step; DDP once per step, by itself."""
+    for rank in range(2):
+        counts = {
+            strategy: Recorded(*torch.load(two_processes / f"{strategy}_kl_{rank}.pt")).reductions[1::2]
+            for strategy in ("ddp", "fsdp", "fsdp_last")
+        }
+        assert (counts["ddp"], counts["fsdp_last"]) == ((1,) * 3, (3,) * 3)
+        assert all(count % 3 == 0 and count >= 6 for count in counts["fsdp"])

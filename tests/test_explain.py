@@ -69,6 +69,19 @@ def test_a_critic_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert "critic                     885.0 KiB" in out
 
 
+def test_whole_gradients_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """75,520 weights of 4 bytes on every device, and a critic's, if there are micro-batches to wait for."""
+    sharded = ("--config", str(CONFIGS / "strategy/fsdp.yaml"))
+    small, last = "--model.batch.micro_tokens=200", "--trainer.strategy.sync=last"
+    each = explained(capsys, *sharded, small)
+    assert "gradients are averaged over the devices and spread after each of them" in each
+    assert "whole_gradients 0.0 B" in " ".join(each.split())
+    out = explained(capsys, *sharded, small, last, "--model.advantage=GAE", "--model.critic.lr=1e-5")
+    assert "averaged after the last of them, and whole on each device until then (sync: last)" in out
+    assert "whole_gradients 590.0 KiB" in " ".join(out.split())
+    assert "whole_gradients 0.0 B" in " ".join(explained(capsys, *sharded, last).split())
+
+
 def test_what_a_phase_costs_beside_learning(capsys: pytest.CaptureFixture[str]) -> None:
     """Rounds of sampling, the scheduler's end in phases, and passes for old and reference log-probabilities."""
     out = explained(capsys, "--model.dynamic_sampling.max_rounds=5", "--model.kl.beta=0.1", "--model.dtype=bfloat16")

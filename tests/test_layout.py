@@ -110,7 +110,7 @@ def check(policy: Policy, rollout: RolloutBatch, chosen: Tensor, layout: Layout,
     selected, exact = options.pop("selected", True), options.pop("exact", True)
     wanted = plain(policy, rollout, chosen)
     cutting = {"budget": 10**6, "size": None, **options}
-    micros = cut(rollout, chosen, **cutting, device=CPU, reduce=LocalReduce(), layout=layout)
+    micros = list(cut(rollout, chosen, **cutting, device=CPU, reduce=LocalReduce(), layout=layout))
     loss = laid_out(policy, rollout, micros, selected)
     # The norms of some families compute in float32 whatever the weights, and a prompt's gradients meet before them.
     tolerance = {} if exact else {"rtol": 1e-5, "atol": 1e-5}

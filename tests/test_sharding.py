@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from runs import TINY, tiny_module, tiny_trainer
+from runs import TINY, tiny_module, tiny_trainer, train
 from tiny_models import char_tokenizer, random_prompts, save
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 from lit_rlvr.engines import InProcessEngine, Sampling
 from lit_rlvr.lora import LoRA
+from lit_rlvr.memory import estimate
 from lit_rlvr.models import resolve_model
-from lit_rlvr.policy import Policy, load_policy
-from lit_rlvr.sharding import FSDP2Strategy, compute_precision, gathered, load_sharded, whole_weights
+from lit_rlvr.policy import DTYPES, Policy, load_policy
+from lit_rlvr.sharding import (
+    FSDP2Strategy,
+    compute_precision,
+    gathered,
+    load_sharded,
+    sync_gradients,
+    whole_weights,
+)
 
 
 def started(**options: Any) -> FSDP2Strategy:
@@ -110,6 +119,47 @@ def test_adapters_of_a_bfloat16_model_learn_in_float32(tmp_path: Path) -> None:
     sharded(*INPUTS, Facts(torch.tensor([0.5, -1.0, 2.0]))).backward()
     trained = [p for p in sharded.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {p.grad.dtype for p in trained if p.grad is not None} == {torch.float32}
+
+
+def held(policy: Any, dtype: str) -> int:
+    """Bytes that a micro-batch's forward and backward pass leave behind."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        policy(*INPUTS, Facts(torch.tensor([0.5, -1.0, 2.0], dtype=DTYPES[dtype]))).backward()
+    assert record.profiler is not None
+    results: Any = record.profiler.kineto_results
+    return sum(event.nbytes() for event in results.events() if event.name() == "[memory]")
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("dtype", "narrow"), [("float32", None), ("float32", "bfloat16"), ("bfloat16", None), ("float64", None)]
+)
+def test_gradients_wait_for_the_last_micro_batch(dtype: str, narrow: Literal["bfloat16"] | None) -> None:
+    """They are those of reducing after each; until then they take the memory that ``explain`` says, in float32."""
+    each, last = started(param_dtype=narrow), started(param_dtype=narrow)
+    last.sync = "last"  # refused for the single device of this test
+    policies = [load_sharded(resolve_model(TINY), dtype, strategy) for strategy in (each, last)]
+    kept = []
+    for policy, strategy in zip(policies, (each, last), strict=True):
+        for number in range(3):
+            sync_gradients(policy, strategy, number == 2)
+            kept.append(held(policy, dtype))
+            if strategy is last and number < 2:
+                assert all(p.grad is None for p in policy.parameters())
+    memory = estimate(
+        policies[0].hf.config, dtype=dtype, micro_rows=1, width=4, rollout_rows=1, parameters_on_device=0.5,
+        keeps_whole=True,
+    )  # fmt: skip
+    assert kept[3:5] == [memory.whole_gradients, 0]
+    for one, two in zip(*(policy.parameters() for policy in policies), strict=True):
+        # Three numbers of one size are added in another order: two roundings of the dtype that they are added in.
+        tolerance = {"rtol": 1e-14, "atol": 1e-14} if dtype == "float64" else {"rtol": 1e-6, "atol": 1e-7}
+        torch.testing.assert_close(two.grad.full_tensor(), one.grad.full_tensor(), **tolerance)
+
+
+def test_a_single_device_has_nothing_to_wait_for() -> None:
+    with pytest.raises(ValueError, match=r"sync: last spares a single device nothing.*leave it at each"):
+        train(tiny_module(), 1, devices=1, strategy=FSDP2Strategy(sync="last"))
 
 
 @pytest.mark.usefixtures("group")
