@@ -216,7 +216,7 @@ def logged_metrics(file: Path) -> set[str]:
 
 
 def test_the_page_of_metrics_lists_what_a_run_logs(tmp_path: Path) -> None:
-    """Neither more nor less: a KL penalty and several rewards; a critic, bfloat16 and a penalty; a test."""
+    """Neither more nor less: a KL penalty and several rewards; a critic, bfloat16 and a penalty; one update; a test."""
     own, table = ROOT / "examples/own_problems/train.yaml", CONFIGS / "logger/csv.yaml"
     small = (*SMALL, "--trainer.max_steps=4", "--config", str(table), "--model.dynamic_sampling=null")
     succeed(
@@ -229,9 +229,14 @@ def test_the_page_of_metrics_lists_what_a_run_logs(tmp_path: Path) -> None:
         "--model.dtype=bfloat16", "--trainer.callbacks=EntropyBonus", "--trainer.default_root_dir=b",
     )  # fmt: skip
     succeed(
+        tmp_path, "fit", *QUICKSTART, *small, "--warmup=null", "--model.dtype=bfloat16", "--trainer.callbacks=[]",
+        "--model.batch.minibatch_prompts=null", "--model.kl.beta=0.1", "--trainer.max_steps=1",
+        "--trainer.default_root_dir=c",
+    )  # fmt: skip
+    succeed(
         tmp_path, "test", *QUICKSTART, "--config", str(table), "--data.eval_prompts=4", "--trainer.default_root_dir=t"
     )
-    logged = {name for run in "abt" for name in logged_metrics(tmp_path / run / "metrics/version_0/metrics.csv")}
+    logged = {name for run in "abct" for name in logged_metrics(tmp_path / run / "metrics/version_0/metrics.csv")}
     general = {re.sub(r"^(val|test)/\w+/", r"\1/<way>/", name) for name in logged - {"step", "epoch"}}
     general = {re.sub(r"(mean|maj)_at_\d+", r"\1_at_<n>", name).replace("pass_at_2", "pass_at_<k>") for name in general}
     general = {re.sub(r"reward_(right|digits)$", "reward_<reward>", name) for name in general}
