@@ -143,7 +143,7 @@ def vllm(report: Report) -> None:
     (distribution,) = set(packages_distributions()["vllm"])  # the CPU build has a name of its own
     wrong = [(requirement, found) for requirement, found in unmet(distribution) if requirement.name in SHOWN]
     for requirement, found in wrong:
-        report.broken(
+        report.warning(
             f"{distribution} {version(distribution)} needs {requirement.name}{requirement.specifier}, and "
             f"{found or 'none'} is installed",
             f"pip install '{requirement.name}{requirement.specifier}', or VLLMColocatedEngine",

