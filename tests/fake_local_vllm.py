@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -158,5 +158,8 @@ class FakePackage:
 def installed(version: str = "0.32.0", sleeps: bool = False) -> Iterator[FakePackage]:
     """The package can be imported."""
     fake = FakePackage(version, sleeps)
-    with patch.dict(sys.modules, {"vllm": fake.package, "vllm.platforms": fake.platforms}):
+    names = {"vllm": fake.package, "vllm.platforms": fake.platforms}
+    with pytest.MonkeyPatch.context() as patch:  # of these two alone: what is imported meanwhile stays imported
+        for name, module in names.items():
+            patch.setitem(sys.modules, name, module)
         yield fake
