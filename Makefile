@@ -46,7 +46,7 @@ $(BOTH_STAMP): $(VLLM_STAMP) pyproject.toml
 	$(VLLM_ENV)/bin/python -m pip install --quiet --editable '.[lora,vllm]' pytest pytest-timeout pytest-xdist
 	@touch $@
 
-test-vllm: setup $(BOTH_STAMP) ## Train with a real vLLM on the CPU, as a server and in process; some ten minutes, 4.5 GB at first.
+test-vllm: setup $(BOTH_STAMP) ## Train with a real vLLM on the CPU, as a server and in process; some ten minutes, 4.2 GB at first.
 	LIT_RLVR_VLLM_PYTHON=$(VLLM_ENV)/bin/python $(RUN)/python -m pytest -m long -s --numprocesses=0 tests/test_vllm.py
 	$(VLLM_ENV)/bin/python -m pytest -m long -s --numprocesses=0 tests/test_vllm_in_process.py
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_rlvr.cluster import Machines, Work, estimate_lines
 from lit_rlvr.credit import CreditCallback, all_callbacks, credit_chain, describe_chain
-from lit_rlvr.engines import InProcessEngine
+from lit_rlvr.engines import InProcessEngine, VLLMColocatedEngine, VLLMInProcessEngine
 from lit_rlvr.facts import Cluster, Facts
 from lit_rlvr.lora import adapter_parameters
 from lit_rlvr.memory import Memory, estimate
@@ -117,11 +117,14 @@ def device_lines(module: Any, cluster: Cluster, facts: Facts) -> list[str]:
         holds = f"micro_tokens {batch.micro_tokens:,} holds {fit} of the longest ({width} tokens)"
     else:
         holds = f"micro_rows {batch.micro_rows} takes {fit} at a time, at most {fit * width:,} tokens"
-    return [
+    lines = [
         f"{cluster.devices} device(s), {kind}" if cluster.devices > 1 else "1 device",
         f"each learns from {rows} rollouts per step; {holds}, so about {-(-rows // fit)} forward and backward "
         "pass(es) per step",
     ]
+    if isinstance(module.engine, VLLMColocatedEngine | VLLMInProcessEngine):
+        lines.append("each has a vLLM too, whose memory is not counted below")
+    return lines
 
 
 def algorithm_lines(module: Any) -> list[str]:

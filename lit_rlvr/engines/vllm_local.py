@@ -1,5 +1,6 @@
 """A vLLM in this process: starting it beside training, which goes on as if it were not there, weights, sampling."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import logging
@@ -160,13 +161,13 @@ class LocalVLLM:
         Raises:
             RuntimeError: When responses are missing, or were broken off.
         """
-        asked = [self._parameters(**fields, flat_logprobs=True) for fields in parameters]
+        asked = [self._parameters(**named, flat_logprobs=True) for named in parameters]
         given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         answers = self.llm.generate(given, asked, use_tqdm=False)
         responses = []
-        for answer, fields_ in zip(answers, parameters, strict=True):
-            if len(answer.outputs) != fields_["n"]:
-                raise RuntimeError(f"vLLM gave {len(answer.outputs)} responses instead of {fields_['n']}")
+        for answer, wanted in zip(answers, asked, strict=True):
+            if len(answer.outputs) != wanted.n:
+                raise RuntimeError(f"vLLM gave {len(answer.outputs)} responses instead of {wanted.n}")
             responses += sorted(answer.outputs, key=lambda response: int(response.index))
         for response in responses:
             if response.finish_reason not in ("stop", "length"):
