@@ -203,7 +203,8 @@ def test_gradient_checkpointing(qwen3: Policy) -> None:
         check(qwen3, rollout, choose(rollout, 0.5, 5), "shared")
     finally:
         qwen3.eval()
-        qwen3.hf.activation_checkpointing_disable()
+        disable: Any = getattr(qwen3.hf, "activation_checkpointing_disable", None)  # its name since transformers 5.20
+        (disable or qwen3.hf.gradient_checkpointing_disable)()
 
 
 def test_padded_rows_of_a_model_that_computes_packs(qwen3: Policy) -> None:
