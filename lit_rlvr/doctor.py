@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
 
+from lit_rlvr.engines.vllm_local import check_vllm
 from lit_rlvr.explain import readable
 from lit_rlvr.models import cache_folder
 from lit_rlvr.terminal import quiet_libraries
@@ -114,8 +115,18 @@ def machine(report: Report) -> None:
 
 def packages(report: Report) -> None:
     """Whether everything that the package needs is installed, in a version that it works with."""
-    wrong = []
-    for requirement in map(Requirement, requires("lit-rlvr") or []):
+    wrong = list(unmet("lit-rlvr"))
+    for requirement, found in wrong:
+        wanted = f"{requirement.name}{requirement.specifier}"
+        report.broken(f"{requirement.name} {found or 'is missing'}", f"pip install '{wanted}'")
+    if not wrong:
+        shown = ", ".join(f"{name} {version(name)}" for name in SHOWN)
+        report.fine(f"lit-rlvr {version('lit-rlvr')}, Python {sys.version.split()[0]}, {shown}")
+
+
+def unmet(distribution: str) -> Iterator[tuple[Requirement, str]]:
+    """What an installed package needs and has not: the requirement, and the version that is installed or nothing."""
+    for requirement in map(Requirement, requires(distribution) or []):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
@@ -123,11 +134,22 @@ def packages(report: Report) -> None:
         except PackageNotFoundError:
             found = ""
         if not requirement.specifier.contains(found or "0", prereleases=True):
-            wrong.append(f"'{requirement.name}{requirement.specifier}'")
-            report.broken(f"{requirement.name} {found or 'is missing'}", f"pip install {wrong[-1]}")
+            yield requirement, found
+
+
+def vllm(report: Report) -> None:
+    """Whether this environment has a vLLM that goes with the packages that training uses too."""
+    check_vllm()
+    (distribution,) = set(packages_distributions()["vllm"])  # the CPU build has a name of its own
+    wrong = [(requirement, found) for requirement, found in unmet(distribution) if requirement.name in SHOWN]
+    for requirement, found in wrong:
+        report.warning(
+            f"{distribution} {version(distribution)} needs {requirement.name}{requirement.specifier}, and "
+            f"{found or 'none'} is installed",
+            f"pip install '{requirement.name}{requirement.specifier}', or VLLMColocatedEngine",
+        )
     if not wrong:
-        shown = ", ".join(f"{name} {version(name)}" for name in SHOWN)
-        report.fine(f"lit-rlvr {version('lit-rlvr')}, Python {sys.version.split()[0]}, {shown}")
+        report.fine(f"{distribution} {version(distribution)}")
 
 
 def devices(report: Report) -> None:

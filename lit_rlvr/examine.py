@@ -17,6 +17,7 @@ from lit_rlvr.checks import check_chain, check_trainer
 from lit_rlvr.credit import all_callbacks, credit_chain, describe_chain
 from lit_rlvr.data import RLVRDataModule
 from lit_rlvr.doctor import Notes, Report
+from lit_rlvr.engines import VLLMInProcessEngine
 from lit_rlvr.models import GGUF, resolve_model
 from lit_rlvr.module import RLVRModule
 from lit_rlvr.rewards import ExactMatch, MathVerify
@@ -53,6 +54,9 @@ def examine(module: RLVRModule, data: RLVRDataModule, trainer: Any, asked: dict[
         chain = credit_chain(all_callbacks(trainer))
         check_chain(module)
         report.fine(describe_chain(chain).removeprefix("credit: "))
+    if isinstance(module.engine, VLLMInProcessEngine):
+        with report.part("engine"):
+            doctor.vllm(report)
     config = tokenizer = None
     with report.part("model"):
         source = readable_model(module.model)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_rlvr.cluster import Machines, Work, estimate_lines
 from lit_rlvr.credit import CreditCallback, all_callbacks, credit_chain, describe_chain
-from lit_rlvr.engines import InProcessEngine
+from lit_rlvr.engines import InProcessEngine, VLLMColocatedEngine, VLLMInProcessEngine
 from lit_rlvr.facts import Cluster, Facts
 from lit_rlvr.lora import adapter_parameters
 from lit_rlvr.memory import Memory, estimate
@@ -122,6 +122,7 @@ def device_lines(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, A
         f"each learns from {rows} rollouts per step; {holds}, so about {-(-rows // fit)} forward and backward "
         "pass(es) per step",
     ]
+<<<<<<< HEAD
     if keeps_whole(module, cluster, facts, asked):
         lines.append("gradients are averaged after the last of them, and whole on each device until then (sync: last)")
     elif cluster.sharded and cluster.devices > 1:
@@ -134,6 +135,11 @@ def keeps_whole(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, An
     strategy = asked.get("strategy")
     several = own_rows(module, cluster) > micro_rows(module, cluster, facts.width(module))
     return cluster.devices > 1 and several and isinstance(strategy, FSDP2Strategy) and strategy.sync == "last"
+=======
+    if isinstance(module.engine, VLLMColocatedEngine | VLLMInProcessEngine):
+        lines.append("each has a vLLM too, whose memory is not counted below")
+    return lines
+>>>>>>> inproc
 
 
 def algorithm_lines(module: Any) -> list[str]:

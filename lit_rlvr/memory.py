@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from lit_rlvr.head import CHUNK_ROWS
-from lit_rlvr.policy import DTYPES
+from lit_rlvr.policy import DTYPES, recompute_activations
 
 STATES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1, "SGD": 0}
 """Tensors that an optimizer keeps per parameter; SGD with momentum keeps one."""
@@ -179,7 +179,7 @@ def _on_fake_tensors(config: Any, dtype: str, rows: int, width: int, checkpointi
     with FakeTensorMode(), torch.random.fork_rng():
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            recompute_activations(model)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -134,6 +134,13 @@ def check_head(policy: Policy) -> None:
         )
 
 
+def recompute_activations(hf: PreTrainedModel) -> None:
+    """Have a model compute its activations again in the backward pass instead of keeping them."""
+    # transformers 5.20 renamed the method.
+    enable: Any = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable
+    enable()
+
+
 def load_policy(
     path: str,
     dtype: str = "float32",
@@ -167,19 +174,22 @@ def load_policy(
         for name, value in part.to_dict().items():
             if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(part, name, 0.0)
+    # transformers before 5.20 chooses sdpa for models whose attention has a soft-cap, which sdpa leaves out.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    attention: dict[str, Any] = {"attn_implementation": "eager"} if capped else {}
     if empty:
         with torch.device("meta"):
-            hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+            hf = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], **attention)
         with suppress(OSError):  # it has none, and what follows from its configuration is right
             hf.generation_config = GenerationConfig.from_pretrained(base)
     else:
-        hf = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=DTYPES[dtype])
+        hf = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=DTYPES[dtype], **attention)
         if base != path:
             hf = merge_folder(hf, path)
     if lora is not None:
         add_adapters(hf, lora)
     if gradient_checkpointing:
-        hf.activation_checkpointing_enable()
+        recompute_activations(hf)
     policy = Policy(hf)
     if not empty:
         check_head(policy)

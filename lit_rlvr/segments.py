@@ -221,6 +221,8 @@ def enable(hf: PreTrainedModel) -> str | None:
     """
     if (found := hf.config.get_text_config()._attn_implementation) != "sdpa":
         return f"its attention is {found}, not sdpa"
+    if getattr(hf.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        return "its attention has a soft-cap, which sdpa leaves out"
     if not hf._can_set_attn_implementation():
         return "its attention cannot be exchanged"
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend)

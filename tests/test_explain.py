@@ -44,9 +44,9 @@ def test_the_arithmetic_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_for_other_machines_is_explained_here(capsys: pytest.CaptureFixture[str]) -> None:
     """GPUs, many nodes and a sharded strategy need not be at hand."""
     strategy = "--trainer.strategy={class_path: ModelParallelStrategy}"
-    out = explained(
-        capsys, "--trainer.accelerator=cuda", "--trainer.devices=8", "--trainer.num_nodes=2", strategy, LONG
-    )
+    places = "--trainer.accelerator=cuda", "--trainer.devices=8", "--trainer.num_nodes=2"
+    out = explained(capsys, *places, strategy, LONG, "--model.engine=VLLMInProcessEngine")
+    assert "each has a vLLM too, whose memory is not counted below" in out
     assert "sampled: 1 response(s) of at most 34 tokens to 512 problems, temperature 1\n" in out
     assert "greedy: 1 response(s) of at most 40 tokens to 512 problems, temperature 0\n" in out
     assert "16 device(s), weights and optimizer state spread over them" in out

@@ -21,7 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lit_rlvr.layout import KNOWN, Layout, check_packs, choose_layout
 from lit_rlvr.microbatch import MicroBatch, cut
-from lit_rlvr.policy import Policy
+from lit_rlvr.policy import Policy, recompute_activations
 from lit_rlvr.reduce import LocalReduce
 from lit_rlvr.scoring import score
 from lit_rlvr.segments import hidden_states
@@ -202,13 +202,14 @@ def test_every_known_kind_is_tested() -> None:
 def test_gradient_checkpointing(qwen3: Policy) -> None:
     """Layers that are computed again in the backward pass are given the pack again."""
     rollout = ragged([3, 1, 4], 5)
-    qwen3.hf.activation_checkpointing_enable()
+    recompute_activations(qwen3.hf)
     qwen3.train()
     try:
         check(qwen3, rollout, choose(rollout, 0.5, 5), "shared")
     finally:
         qwen3.eval()
-        qwen3.hf.activation_checkpointing_disable()
+        disable: Any = getattr(qwen3.hf, "activation_checkpointing_disable", None)  # its name since transformers 5.20
+        (disable or qwen3.hf.gradient_checkpointing_disable)()
 
 
 def test_padded_rows_of_a_model_that_computes_packs(qwen3: Policy) -> None:

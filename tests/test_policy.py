@@ -106,6 +106,7 @@ def test_softcap_and_scale_are_read_and_applied(folders: dict[str, str]) -> None
     """Logits before the cap go far beyond it, so that leaving it out would show."""
     capped, scaled = load_policy(folders["gemma2"]), load_policy(folders["granite"])
     assert capped.transform == LogitTransform(softcap=SOFTCAP)
+    assert capped.hf.config._attn_implementation == "eager"  # sdpa leaves out the soft-cap of attention
     assert scaled.transform == LogitTransform(scale=1 / LOGITS_SCALING)
     assert load_policy(folders["qwen3"]).transform == LogitTransform()
     ids = Batch().ids

@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,95 +16,30 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lit_rlvr_callbacks import TruncatedImportance
-from runs import EvenTask, train
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from runs import train
+from transformers import AutoTokenizer
+from vllm_runs import SURROUNDINGS, TOLERANCE, LongPrompts, Watch, distance, make_module, save_tiny
 
-from lit_rlvr import Batch, RLVRModule, Sampling
-from lit_rlvr.engines import Engine, Generation, InProcessEngine, VLLMColocatedEngine, VLLMServerEngine
+from lit_rlvr import Sampling
+from lit_rlvr.engines import Generation, InProcessEngine, VLLMColocatedEngine, VLLMServerEngine
 from lit_rlvr.engines.vllm_broadcast import BroadcastRoad
 from lit_rlvr.engines.vllm_colocated import free_port
 from lit_rlvr.engines.vllm_launch import ServerProcess
 from lit_rlvr.engines.vllm_push import FileRoad
 from lit_rlvr.lora import LoRA
-from lit_rlvr.models import character_tokenizer, save_model
 from lit_rlvr.policy import load_policy
 from lit_rlvr.reduce import LocalReduce
 from lit_rlvr.scoring import score
-from lit_rlvr.tasks import Prompt, Split
-from lit_rlvr.tasks.last_digit import ALPHABET
-from lit_rlvr.types import RolloutBatch
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 PYTHON = os.environ.get("LIT_RLVR_VLLM_PYTHON", "")
 OPTIONS = ["--dtype=float32", "--enforce-eager", "--max-model-len=256", "--gpu-memory-utilization=0.2"]
-SURROUNDINGS = {
-    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}  # fmt: skip
-BLOCK = 128
-"""Tokens that vLLM's cache keeps together on a CPU; only whole blocks are shared and remembered."""
-
-TOLERANCE = 1e-4
-"""Both sides compute in float32, in another order. Differences were below 1e-5; weights that are one phase old differ
-by more than ten times the tolerance, which the tests check too."""
-
-
-@dataclass(frozen=True)
-class LongPrompts(EvenTask):
-    """Few problems, which every phase sees again, each longer than a block of vLLM's cache."""
-
-    isolated = False
-
-    def prompts(self, split: Split) -> Sequence[Prompt]:
-        return [Prompt(i, f"{i}+" * (BLOCK // 2 + 3) + "1?", "even") for i in range(4)]
-
-
-class Watch(Callback):
-    """Keeps every phase's rollout, and how far the policy before it is from the server."""
-
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-        self.phases: list[RolloutBatch] = []
-        self.now: list[float] = []
-        self.stale: list[float] = []
-        self.road: Any = None
-        self._before: Any = None
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch.minibatch:
-            return
-        rollout, self.road = pl_module.phase.rollout, pl_module.engine._road
-        self.phases.append(rollout)
-        self.now.append(distance(rollout, rollout.old_logprobs))
-        if self._before is not None:
-            self.stale.append(distance(rollout, score(self._before, rollout, self.temperature, 4096)[0]))
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch.minibatch == 1:  # the weights at a phase's second step are older than the next phase's by one step
-            self._before = load_policy(pl_module.model, lora=pl_module.lora)
-            self._before.load_state_dict(pl_module.policy.state_dict())
-
-
-def distance(rollout: RolloutBatch, logprobs: torch.Tensor) -> float:
-    """Largest difference from the server's log-probabilities."""
-    assert rollout.engine_logprobs is not None
-    return float((logprobs - rollout.engine_logprobs)[rollout.response_mask].abs().max())
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny Qwen3 whose heads are as wide as vLLM's attention on a CPU needs them."""
-    config = Qwen3Config(
-        vocab_size=len(ALPHABET) + 3, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True, initializer_range=0.2,
-        max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=None, dtype="float32",
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("model")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save_model(Qwen3ForCausalLM(config), character_tokenizer(ALPHABET), path)
-    return str(path)
+    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -122,15 +56,6 @@ def server(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         yield process.address
     finally:
         process.stop()
-
-
-def make_module(folder: str, engine: Engine, temperature: float, **options: Any) -> RLVRModule:
-    """A policy that moves far in a step."""
-    return RLVRModule(
-        folder, batch=Batch(prompts=4, responses=4, minibatch_prompts=2), engine=engine,
-        sampling=Sampling(temperature, max_new_tokens=24),
-        **{"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3), **options},
-    )  # fmt: skip
 
 
 def test_the_server_follows_the_adapters(folder: str, server: str) -> None:

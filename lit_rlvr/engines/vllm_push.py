@@ -116,6 +116,28 @@ def everywhere(servers: Sequence[VLLMClient], do: Callable[[VLLMClient], Any]) -
             done.result()
 
 
+def on_every_rank(do: Callable[[], Any], reduce: Reduce, meanwhile: Iterable[Any] = ()) -> None:
+    """Do something on every rank and wait for all; a failure is raised on every rank.
+
+    Args:
+        do: What each rank does.
+        reduce: Reaches the other ranks.
+        meanwhile: What all go through at the same time; a rank that failed goes through what it has left of it.
+    """
+    failure: Exception | None = None
+    try:
+        do()
+    except Exception as error:
+        failure = error
+    for _ in meanwhile:
+        pass
+    said = [words for words in reduce.gather(None if failure is None else str(failure)) if words is not None]
+    if failure is not None:
+        raise failure
+    if said:
+        raise RuntimeError(said[0])
+
+
 def on_first_rank(do: Callable[[], Any], reduce: Reduce, meanwhile: Iterable[Any] = ()) -> None:
     """Do something on rank 0 and wait for it on all; its failure is raised on every rank, so that none waits for ever.
 

@@ -9,7 +9,7 @@ start vLLM with ``--worker-extension-cls lit_rlvr_worker.WeightReceiver``.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from math import prod
@@ -93,7 +93,7 @@ class WeightReceiver:
         """
         if not self._lit_rlvr_comes_again(number):
             with self._lit_rlvr_loading(number):
-                self._lit_rlvr_use(read_file(file))
+                self.lit_rlvr_use(read_file(file))
         return {}
 
     def lit_rlvr_receive(self, number: int, weights: list[list[Any]]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class WeightReceiver:
                     raise RuntimeError("the server was restarted, and is not in the trainer's group any more")
                 buffer = self._lit_rlvr_group.empty(places(weights)[-1])
                 self._lit_rlvr_group.broadcast(buffer).wait()
-                self._lit_rlvr_use(unpack(buffer, weights))
+                self.lit_rlvr_use(unpack(buffer, weights))
         return {}
 
     def lit_rlvr_finish(self) -> dict[str, Any]:
@@ -118,7 +118,11 @@ class WeightReceiver:
             return {"missing": []}
         return {"missing": self._lit_rlvr_end()}
 
-    def _lit_rlvr_use(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+    def lit_rlvr_use(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load weights, under the names of a Hugging Face checkpoint, that are in this process already.
+
+        Each is copied into the memory of what it replaces, together with the others of its linear layer.
+        """
         from vllm.config import set_current_vllm_config
 
         worker: Any = self
