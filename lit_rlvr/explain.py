@@ -122,11 +122,12 @@ def device_lines(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, A
         f"each learns from {rows} rollouts per step; {holds}, so about {-(-rows // fit)} forward and backward "
         "pass(es) per step",
     ]
-<<<<<<< HEAD
     if keeps_whole(module, cluster, facts, asked):
         lines.append("gradients are averaged after the last of them, and whole on each device until then (sync: last)")
     elif cluster.sharded and cluster.devices > 1:
         lines.append("gradients are averaged over the devices and spread after each of them")
+    if isinstance(module.engine, VLLMColocatedEngine | VLLMInProcessEngine):
+        lines.append("each has a vLLM too, whose memory is not counted below")
     return lines
 
 
@@ -135,11 +136,6 @@ def keeps_whole(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, An
     strategy = asked.get("strategy")
     several = own_rows(module, cluster) > micro_rows(module, cluster, facts.width(module))
     return cluster.devices > 1 and several and isinstance(strategy, FSDP2Strategy) and strategy.sync == "last"
-=======
-    if isinstance(module.engine, VLLMColocatedEngine | VLLMInProcessEngine):
-        lines.append("each has a vLLM too, whose memory is not counted below")
-    return lines
->>>>>>> inproc
 
 
 def algorithm_lines(module: Any) -> list[str]:
