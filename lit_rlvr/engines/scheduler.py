@@ -71,7 +71,8 @@ class Scheduler:
     ) -> None:
         self.policy, self.prompts, self.samples, self.out = policy, prompts, samples, out
         self.slots = min(max_rows, samples * len(prompts))
-        self.cache = SlotCache(windows, self.slots, graphs.SPARE if recorder else SPARE)
+        most = max(map(len, prompts)) + out.sampling.max_new_tokens
+        self.cache = SlotCache(windows, self.slots, graphs.SPARE if recorder else SPARE, most)
         self.recorder, self.graphs = recorder, None
         self.queue = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         self.ready: _Prefilled | None = None

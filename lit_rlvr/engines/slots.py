@@ -29,11 +29,13 @@ class SlotLayer(CacheLayerMixin):
         slots: Most rows at a time.
         window: Tokens that attention reaches back, the current one included; None for all. No more are kept.
         spare: Columns that storage grows by at the least.
+        most: Columns that rows take which begin together: before more are needed, storage has no more.
     """
 
-    def __init__(self, slots: int, window: int | None = None, spare: int = SPARE) -> None:
+    def __init__(self, slots: int, window: int | None = None, spare: int = SPARE, most: int = 0) -> None:
         super().__init__()
-        self.slots, self.window, self.is_sliding, self.spare = slots, window, window is not None, spare
+        self.slots, self.window, self.is_sliding = slots, window, window is not None
+        self.spare, self.most = spare, most
         self.rows, self.low, self.high = 0, 0, 0
         self.length = 0
         """Tokens of the longest row, those before its window included."""
@@ -122,6 +124,7 @@ class SlotLayer(CacheLayerMixin):
     def _grow(self, columns: int) -> None:
         """Have at least so many columns, and some to spare. Zeros, because a masked column times NaN would be NaN."""
         wide = columns + max(self.spare, self.storage[0].shape[2] // 4)
+        wide = min(wide, self.most) if columns <= self.most else wide
         wide = -(-wide // ALIGNED) * ALIGNED
         used = (slice(self.rows), slice(None), slice(self.low, self.high))
         for name, old in zip(("keys", "values"), self.storage, strict=True):
@@ -146,10 +149,11 @@ class SlotCache(Cache):
         windows: The window of each layer; see :func:`windows`.
         slots: Most rows at a time.
         spare: Columns that storage grows by at the least.
+        most: Columns that rows take which begin together.
     """
 
-    def __init__(self, windows: list[int | None], slots: int, spare: int = SPARE) -> None:
-        self.slots: list[SlotLayer] = [SlotLayer(slots, window, spare) for window in windows]
+    def __init__(self, windows: list[int | None], slots: int, spare: int = SPARE, most: int = 0) -> None:
+        self.slots: list[SlotLayer] = [SlotLayer(slots, window, spare, most) for window in windows]
         super().__init__(layers=list(self.slots))
 
     def extend(self) -> int:
