@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from test_scheduler import LONG, PROMPTS, SAMPLES, TOKENIZER, UID, adapted, make
 from tiny_models import CONTEXT, random_prompts
 from torch import Tensor
 
-from lit_rlvr.engines import Generation, InProcessEngine, Sampling, graphs, in_process, sampler
+from lit_rlvr.engines import Generation, InProcessEngine, Sampling, graph_steps, graphs, in_process, sampler
 from lit_rlvr.engines.capture import CudaRecorder
 from lit_rlvr.engines.decoding import Output, prefill
-from lit_rlvr.engines.graphs import StepGraphs, bucket, why_not
+from lit_rlvr.engines.graph_draws import DrawGraphs
+from lit_rlvr.engines.graph_steps import StepGraphs
+from lit_rlvr.engines.graphs import bucket, why_not
 from lit_rlvr.engines.narrow import narrowed_linears
 from lit_rlvr.engines.scheduler import Scheduler
 from lit_rlvr.engines.slots import SlotCache, windows
@@ -37,6 +40,14 @@ KINDS: dict[str, Callable[[], Policy]] = {
     "adapters": adapted,
     "eager": lambda: make_policy(attn_implementation="eager"),
 }
+
+
+@pytest.fixture(autouse=True)
+def no_looks() -> Iterator[None]:
+    """Numbers on the CPU are not read either."""
+    with pytest.MonkeyPatch.context() as change:
+        change.setattr(sampler, "READABLE", ())
+        yield
 
 
 @pytest.fixture
@@ -75,12 +86,14 @@ def test_the_same_as_without_graphs(kind: str, max_rows: int) -> None:
     """Ragged prompts, rows that end and begin, storage that grows and moves."""
     policy, recorders = KINDS[kind](), Recorders()
     wanted, _ = schedule(policy, None, max_rows)
-    got, scheduler = schedule(policy, recorders, max_rows)
+    with patch.object(Scheduler, "_forward", autospec=True, side_effect=Scheduler._forward) as without:
+        got, scheduler = schedule(policy, recorders, max_rows)
     same(got, wanted)
+    assert without.call_count == 1
     assert scheduler.graphs is not None
-    left_out = scheduler.out.steps - sum(recorder.replays for recorder in recorders.made)
-    assert 1 <= left_out <= 3  # the first draw, and those after all rows have ended at once
-    assert len(recorders.made) > 1
+    assert isinstance(scheduler.out.drawer, DrawGraphs)
+    widths = len(recorders.made) - 1  # draws have the other
+    assert widths > 1
 
 
 @LAWS
@@ -95,9 +108,9 @@ def test_any_rows_in_any_order(lengths: list[int], samples: int, max_rows: int, 
     """Whatever is decoded together, in float64."""
     policy, prompts = make_policy().double(), random_prompts(lengths)
     uid = torch.tensor([(1, draw, sample) for draw in range(len(prompts)) for sample in range(samples)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "SPARE", spare)
-        patch.setattr(graphs, "PATIENCE", patience)
+    with pytest.MonkeyPatch.context() as change:
+        change.setattr(graphs, "SPARE", spare)
+        change.setattr(graphs, "PATIENCE", patience)
         found = []
         for recorder in (None, TapeRecorder):
             out = Output(TOKENIZER, in_process.end_tokens(policy, TOKENIZER), uid, Sampling(max_new_tokens=30), 3)
@@ -152,7 +165,7 @@ def test_rows_out_of_use_stay_finite_and_touch_nothing() -> None:
         cache.keep(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 3, 10)
         before = [[storage[:3, :, :10].clone() for storage in layer.storage] for layer in cache.slots]
         steps.next_logits(token[:3], position[:3] + 1)
-    assert list(steps.replays) == [4]
+    assert list(steps.graphs.replays) == [4]
     for layer, kept in zip(cache.slots, before, strict=True):
         for storage, old in zip(layer.storage, kept, strict=True):
             assert torch.equal(storage[:3, :, :10], old)
@@ -165,8 +178,8 @@ def test_few_captures() -> None:
     _, scheduler = schedule(make_policy(), TapeRecorder)
     assert scheduler.graphs is not None
     assert scheduler.graphs.width == 64  # 9 + 40, then a multiple of 16
-    assert set(scheduler.graphs.wanted) > set(scheduler.graphs.replays)
-    assert scheduler.graphs.captures <= len({bucket(rows, 21) for rows in range(1, 22)}) // 2
+    assert set(scheduler.graphs.graphs.wanted) > set(scheduler.graphs.graphs.replays)
+    assert scheduler.graphs.graphs.captures <= len({bucket(rows, 21) for rows in range(1, 22)}) // 2
 
 
 @pytest.mark.usefixtures("narrow_storage")
@@ -175,14 +188,17 @@ def test_each_width_has_memory_of_its_own() -> None:
     recorders = Recorders()
     _, scheduler = schedule(make_policy(), recorders, 3)
     assert scheduler.graphs is not None
-    assert scheduler.graphs.captures == sum(len(recorder.tapes) for recorder in recorders.made)
-    assert recorders.made[-1] is scheduler.graphs.recorder
-    assert len(recorders.made[-1].tapes) == len(scheduler.graphs.replays)
+    steps, draws = scheduler.graphs.graphs, cast(DrawGraphs, scheduler.out.drawer).graphs
+    assert steps.captures + draws.captures == sum(len(recorder.tapes) for recorder in recorders.made)
+    assert recorders.made[-1] is steps.recorder
+    assert len(steps.recorder.tapes) == len(steps.replays) < steps.captures
 
 
 def unmasked(self: StepGraphs, rows: int) -> None:
     """A step that looks at columns that hold nothing."""
-    cache: Any = graphs.Cache(layers=[graphs._WholeLayer(layer, rows, self.column) for layer in self.cache.slots])
+    cache: Any = graph_steps.Cache(
+        layers=[graph_steps._WholeLayer(layer, rows, self.column) for layer in self.cache.slots]
+    )
     self.logits[:rows].copy_(self.policy.next_logits(self.token[:rows], None, self.position[:rows], cache))
 
 
@@ -269,9 +285,8 @@ def test_what_is_demanded_and_impossible_is_refused() -> None:
     assert InProcessEngine()._recorder(on_cuda(policy), [None, None]) is not None
 
 
-def test_one_read_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_read_per_step() -> None:
     """A step with graphs waits for the device once, to know which rows are done, and makes indices if some are."""
-    monkeypatch.setattr(sampler, "READABLE", ())
     policy = make_policy()
     out = output(policy, LONG)
     scheduler = Scheduler(policy, [None, None], PROMPTS, SAMPLES, 64, out, TapeRecorder)

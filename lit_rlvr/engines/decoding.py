@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lit_rlvr.engines.base import Generation, Sampling
-from lit_rlvr.engines.sampler import draw
-from lit_rlvr.hashing import uniform
+from lit_rlvr.engines.sampler import Drawn, draw_named
 from lit_rlvr.policy import Policy
 
 
@@ -34,6 +33,7 @@ class Output:
         self.logprobs, self.entropies = (torch.zeros(rows, width, device=device) for _ in range(2))
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.drawer: Callable[[Tensor, Tensor, Sampling, int], Drawn] = draw_named
         self.steps, self.drawn = 0, 0
         """Times that tokens were drawn, and tokens drawn."""
 
@@ -49,9 +49,8 @@ class Output:
             FloatingPointError: When a row of logits holds a NaN, or no finite logit.
         """
         step = self.lengths[rows]
-        phase, drawn_at, sample = self.uid[rows].unbind(-1)
-        uniforms = uniform(self.seed, phase, drawn_at, sample, step)
-        token, logprob, entropy, finite = draw(logits, self.sampling, uniforms)
+        name = torch.cat([self.uid[rows], step[:, None]], -1)
+        token, logprob, entropy, finite = self.drawer(logits, name, self.sampling, self.seed)
         self.ids[rows, step], self.logprobs[rows, step], self.entropies[rows, step] = token, logprob, entropy
         self.lengths[rows] = step + 1
         stopped = torch.isin(token, self.ends)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_rlvr.engines.base import Sampling
+from lit_rlvr.hashing import uniform
 
 BLOCK = 256
 CACHED = 2**18
@@ -40,11 +41,24 @@ def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Drawn:
         uniforms: One number in [0, 1) per row [n], float64; not used when greedy.
     """
     part = max(1, CACHED // logits.shape[-1])
-    if logits.device.type != "cpu" or len(logits) <= part:
-        return _draw(logits, sampling, uniforms)
-    pairs = zip(logits.split(part), uniforms.split(part), strict=True)
-    parts = [_draw(some, sampling, their_uniforms) for some, their_uniforms in pairs]
-    return Drawn(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    with torch.autocast(logits.device.type, enabled=False):  # which would round what entropies are the sums of
+        if logits.device.type != "cpu" or len(logits) <= part:
+            return _draw(logits, sampling, uniforms)
+        pairs = zip(logits.split(part), uniforms.split(part), strict=True)
+        parts = [_draw(some, sampling, their_uniforms) for some, their_uniforms in pairs]
+        return Drawn(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def draw_named(logits: Tensor, name: Tensor, sampling: Sampling, seed: int) -> Drawn:
+    """Draw a token per row with its own random number.
+
+    Args:
+        logits: Next-token logits [n, V].
+        name: (phase, draw, sample, position in the response) of each row [n, 4].
+        sampling: Temperature and truncation.
+        seed: The run's seed.
+    """
+    return draw(logits, sampling, uniform(seed, *name.unbind(-1)))
 
 
 def _draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Drawn:

@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from lit_rlvr.engines import graphs
 from lit_rlvr.engines.capture import Recorder
 from lit_rlvr.engines.decoding import Output, prefill
-from lit_rlvr.engines.graphs import StepGraphs
+from lit_rlvr.engines.graph_draws import DrawGraphs
+from lit_rlvr.engines.graph_steps import StepGraphs
 from lit_rlvr.engines.slots import SPARE, SlotCache
 from lit_rlvr.policy import Policy
 
@@ -73,7 +74,8 @@ class Scheduler:
         self.slots = min(max_rows, samples * len(prompts))
         most = max(map(len, prompts)) + out.sampling.max_new_tokens
         self.cache = SlotCache(windows, self.slots, graphs.SPARE if recorder else SPARE, most)
-        self.recorder, self.graphs = recorder, None
+        self.recorder = recorder
+        self.graphs: StepGraphs | None = None
         self.queue = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         self.ready: _Prefilled | None = None
         self.row = torch.zeros(0, dtype=torch.int64, device=policy.device)
@@ -162,7 +164,9 @@ class Scheduler:
 
     def _begin_graphs(self, token: Tensor, logits: Tensor, recorder: Callable[[], Recorder]) -> None:
         """Take graphs for the steps that follow, if the one that was just taken is the same with them."""
-        self.graphs, self.recorder = StepGraphs(self.policy, self.cache, logits, recorder), None
-        if not self.graphs.agrees(token, self.position, logits):
+        steps, self.recorder = StepGraphs(self.policy, self.cache, logits, recorder), None
+        if not steps.agrees(token, self.position, logits):
             log.warning("captured steps do not give what the model does; this rollout is decoded without them")
-            self.graphs = None
+            return
+        self.graphs = steps
+        self.out.drawer = DrawGraphs(steps.logits, self.out.sampling, self.out.seed, recorder)
