@@ -23,11 +23,12 @@ from lit_rlvr.engines.graph_draws import DrawGraphs
 from lit_rlvr.engines.graph_steps import StepGraphs
 from lit_rlvr.engines.graphs import bucket, why_not
 from lit_rlvr.engines.narrow import narrowed_linears
+from lit_rlvr.engines.sampler import draw_named
 from lit_rlvr.engines.scheduler import Scheduler
 from lit_rlvr.engines.slots import SlotCache, windows
 from lit_rlvr.policy import Policy
 
-LAWS = settings(max_examples=15, deadline=None, derandomize=True)
+LAWS = settings(max_examples=10, deadline=None, derandomize=True)
 FULL: dict[str, Any] = {"layer_types": ["full_attention"] * 2}
 KINDS: dict[str, Callable[[], Policy]] = {
     "qwen3": make_policy,
@@ -131,13 +132,13 @@ def test_bfloat16_is_as_exact_as_without() -> None:
 
 
 @torch.no_grad()
-def step(policy: Policy, captured: bool, columns: int = 5) -> Tensor:
+def step(policy: Policy, captured: bool, columns: int = 5, recorder: Any = TapeRecorder) -> Tensor:
     """Logits of the last of a few steps on given tokens, after ragged prompts."""
     token = torch.arange(2, 2 + len(PROMPTS))
     logits, mask, prompts = prefill(policy, PROMPTS)
     cache, position = SlotCache([None, None], len(PROMPTS)), mask.sum(-1)
     cache.admit(prompts, torch.arange(len(PROMPTS)), mask.shape[1])
-    steps = StepGraphs(policy, cache, logits, TapeRecorder)
+    steps = StepGraphs(policy, cache, logits, recorder)
     for _ in range(columns):
         if captured:
             logits = steps.next_logits(token, position)
@@ -237,6 +238,20 @@ def test_the_engine_takes_graphs_where_it_can(monkeypatch: pytest.MonkeyPatch) -
     assert not recorders.made
 
 
+@pytest.mark.parametrize("more", [{}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.8}])
+def test_draws_of_every_kind(more: dict[str, Any]) -> None:
+    """Fewer rows than the graph has, logits that are there already or are not, and other names each time."""
+    generator = torch.Generator().manual_seed(0)
+    sampling, memory = Sampling(**more), torch.zeros(6, 300)
+    draws = DrawGraphs(memory, sampling, 9, TapeRecorder)
+    for rows in (6, 3, 5, 1):
+        logits, name = torch.randn(rows, 300, generator=generator), torch.randint(99, (rows, 4), generator=generator)
+        wanted = draw_named(logits, name, sampling, 9)
+        for given_as in (logits, memory[:rows].copy_(logits)):
+            assert all(torch.equal(*pair) for pair in zip(draws(given_as, name, sampling, 9), wanted, strict=True))
+    assert draws.graphs.captures == 1
+
+
 def on_cuda(policy: Policy) -> Policy:
     """The policy as it would be on a GPU, as far as names go."""
     policy.placed = torch.device("cuda")
@@ -315,6 +330,22 @@ def wide() -> Policy:
     return make_policy("llama", hidden_size=32, intermediate_size=48)
 
 
+def weights_of(policy: Policy) -> set[int]:
+    """Where all matrices lie."""
+    return {weight.data_ptr() for weight in policy.parameters() if weight.dim() == 2}
+
+
+def casts(recorders: Recorders) -> set[int]:
+    """Where what graphs cast to bfloat16 lies."""
+    return {
+        args[0].data_ptr()
+        for recorder in recorders.made
+        for tape in recorder.tapes
+        for func, args, kwargs, _ in tape.steps
+        if func.overloadpacket is ATEN._to_copy and kwargs.get("dtype") == torch.bfloat16
+    }
+
+
 @pytest.mark.parametrize("make", [wide, adapted])
 def test_autocast_casts_weights_once_per_rollout(make: Callable[[], Policy]) -> None:
     """Trained or frozen; no graph casts any, or keeps one that was cast while it was captured."""
@@ -325,29 +356,33 @@ def test_autocast_casts_weights_once_per_rollout(make: Callable[[], Policy]) -> 
             narrowed, _ = schedule(policy, None)
             schedule(policy, recorders)
     same(narrowed, wanted)
-    weights = {weight.shape for weight in policy.parameters() if weight.dim() == 2}
     assert layers == sum(type(module) is torch.nn.Linear for module in policy.modules())
-    cast = [
-        step[1][0].shape
-        for recorder in recorders.made
-        for tape in recorder.tapes
-        for step in tape.steps
-        if step[0].overloadpacket is ATEN._to_copy and step[2].get("dtype") == torch.bfloat16
-    ]
-    assert cast
-    assert not weights & set(cast)
+    assert casts(recorders)
+    assert not weights_of(policy) & casts(recorders)
 
 
 def test_captured_under_autocast_without_copies() -> None:
     """What is cast in a graph lies in its own memory: autocast's cache neither gives nor keeps it."""
-    policy = wide()
+    policy, recorders = wide(), Recorders()
     with torch.autocast("cpu", torch.bfloat16):
-        first, second = step(policy, True), step(policy, True)
+        got = step(policy, True, recorder=recorders)
         assert torch.is_autocast_cache_enabled()
         plain = step(policy, False)
-    assert torch.equal(first, second)
+    embedding: Any = policy.hf.get_input_embeddings()
+    assert weights_of(policy) - {embedding.weight.data_ptr()} <= casts(recorders)
     # 2^-8 per rounding, of which there are a few in two layers
-    assert (first - plain).norm() < 0.05 * plain.norm()
+    assert (got - plain).norm() < 0.05 * plain.norm()
+
+
+def test_autocast_keeps_what_attention_reads() -> None:
+    """Keys that a norm has widened are kept in bfloat16: attention would cast all of them for every token."""
+    policy, recorders = make_policy(), Recorders()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, scheduler = schedule(policy, recorders)
+    kept = [storage for layer in scheduler.cache.slots for storage in layer.storage]
+    assert {storage.dtype for storage in kept} == {torch.bfloat16}
+    assert not {storage.data_ptr() for storage in kept} & casts(recorders)
+    assert {storage.dtype for storage in schedule(policy, None)[1].cache.slots[0].storage} == {torch.float32}
 
 
 def test_no_copies_where_there_is_no_autocast() -> None:

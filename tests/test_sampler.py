@@ -170,6 +170,15 @@ def test_broken_logits_are_told(bad: float, temperature: float) -> None:
         assert 0 <= token.min() <= token.max() < VOCABULARY
 
 
+def test_autocast_rounds_nothing() -> None:
+    """Scalar products, which it would take in bfloat16, are what entropies are made of."""
+    logits = random_logits(5)
+    wanted = draw(logits, Sampling(), grid(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = draw(logits, Sampling(), grid(5))
+    assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_numbers_that_are_not_looked_at(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where looking would wait: the same, whether logits of minus infinity have to be lifted or not."""

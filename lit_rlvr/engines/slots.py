@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -42,7 +43,10 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (
-            states.new_empty(self.slots, states.shape[1], 0, states.shape[3]) for states in (key_states, value_states)
+            torch.empty(
+                self.slots, states.shape[1], 0, states.shape[3], dtype=_kept_dtype(states), device=states.device
+            )
+            for states in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -179,6 +183,13 @@ class SlotCache(Cache):
             if len(holes):
                 layer.keep(holes, movers)
             layer.use(rows, length)
+
+
+def _kept_dtype(states: Tensor) -> torch.dtype:
+    """Under autocast attention rounds float32 to its dtype, so what is kept is rounded once, not for every token."""
+    kind = states.device.type
+    narrow = states.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if narrow else states.dtype
 
 
 def windows(config: Any) -> list[int | None] | None:
