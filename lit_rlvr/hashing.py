@@ -33,10 +33,11 @@ def hash_integers(*keys: Tensor | int) -> Tensor:
     """
     state: Tensor = torch.zeros((), dtype=torch.int64)
     for key in keys:
-        number = key if isinstance(key, Tensor) else torch.tensor(_signed(key))
-        if number.device != state.device and state.dim() == 0:
-            state = state.to(number.device)
-        state = (state ^ number.to(torch.int64).to(state.device)) + _GOLDEN
+        number = key.to(torch.int64) if isinstance(key, Tensor) else _signed(key)
+        on_any_device = state.dim() == 0 and state.device.type == "cpu"  # and is not copied there, which would wait
+        if isinstance(number, Tensor) and not on_any_device:
+            number = number.to(state.device)
+        state = (state ^ number) + _GOLDEN
         state = (state ^ _shift_right(state, 30)) * _MIX1
         state = (state ^ _shift_right(state, 27)) * _MIX2
         state = state ^ _shift_right(state, 31)

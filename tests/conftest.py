@@ -45,3 +45,13 @@ def tiny_fit(tmp_path_factory: pytest.TempPathFactory) -> TinyFit:
     folder = tmp_path_factory.mktemp("tiny_fit")
     pages = ("--trainer.callbacks+=RolloutPages", "--trainer.callbacks.every=1")
     return TinyFit(folder, succeed(folder, "fit", *TINY, "--trainer.val_check_interval=2", *pages))
+
+
+@pytest.fixture
+def unread() -> Iterator[None]:
+    """Decoding reads no numbers from tensors on the CPU that it would not read on a GPU."""
+    from lit_rlvr.engines import sampler
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "READABLE", ())
+        yield

@@ -260,3 +260,13 @@ def test_other_architectures_are_decoded_plainly(monkeypatch: pytest.MonkeyPatch
     policy = make_policy()
     same(generate(policy, LONG), plainly(policy, LONG))
     assert passes(policy, lambda: generate(policy, LONG, 6)) == passes(policy, lambda: plainly(policy, LONG, 6))
+
+
+def test_storage_is_no_wider_than_rows_that_begin_together() -> None:
+    """Not a quarter more, nor what would be to spare: the longest prompt and response, and a multiple of 16."""
+    policy = make_policy()
+    out = output(policy, LONG)
+    scheduler = Scheduler(policy, [None, None], PROMPTS, SAMPLES, 64, out)
+    with torch.no_grad():
+        scheduler.run()
+    assert scheduler.cache.width == -(-(9 + 40) // 16) * 16

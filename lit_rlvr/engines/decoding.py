@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lit_rlvr.engines.base import Generation, Sampling
-from lit_rlvr.engines.sampler import draw
-from lit_rlvr.hashing import uniform
+from lit_rlvr.engines.sampler import Drawn, draw_named
 from lit_rlvr.policy import Policy
 
 
@@ -34,18 +33,24 @@ class Output:
         self.logprobs, self.entropies = (torch.zeros(rows, width, device=device) for _ in range(2))
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.drawer: Callable[[Tensor, Tensor, Sampling, int], Drawn] = draw_named
         self.steps, self.drawn = 0, 0
         """Times that tokens were drawn, and tokens drawn."""
 
-    def draw(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, list[bool]]:
         """Draw the next token of ``rows`` [n] from ``logits`` [n, V].
 
+        Whatever has to be known on the CPU is read at once, because it waits for the device.
+
         Returns:
-            The tokens [n], and whether each ended its response [n].
+            The tokens [n], and whether each ended its response.
+
+        Raises:
+            FloatingPointError: When a row of logits holds a NaN, or no finite logit.
         """
         step = self.lengths[rows]
-        phase, drawn_at, sample = self.uid[rows].unbind(-1)
-        token, logprob, entropy = draw(logits, self.sampling, uniform(self.seed, phase, drawn_at, sample, step))
+        name = torch.cat([self.uid[rows], step[:, None]], -1)
+        token, logprob, entropy, finite = self.drawer(logits, name, self.sampling, self.seed)
         self.ids[rows, step], self.logprobs[rows, step], self.entropies[rows, step] = token, logprob, entropy
         self.lengths[rows] = step + 1
         stopped = torch.isin(token, self.ends)
@@ -53,7 +58,10 @@ class Output:
             stopped = stopped | self._hit_stop_string(rows)
         self.stopped[rows] = stopped
         self.steps, self.drawn = self.steps + 1, self.drawn + len(rows)
-        return token, stopped | (step + 1 == self.sampling.max_new_tokens)
+        done, fine = torch.stack([stopped | (step + 1 == self.sampling.max_new_tokens), finite]).tolist()
+        if not all(fine):
+            raise FloatingPointError("the policy's logits contain NaN or infinity; the weights have diverged")
+        return token, done
 
     def _hit_stop_string(self, rows: Tensor) -> Tensor:
         """Whether the text's end contains a stop string [n]; the window has room for four tokens per character."""

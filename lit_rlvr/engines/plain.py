@@ -32,10 +32,10 @@ def _decode_batch(policy: Policy, prompts: Sequence[Sequence[int]], rows: Tensor
     position = mask.sum(-1)
     while True:
         token, done = out.draw(logits, rows)
-        if bool(done.all()):
+        if all(done):
             return
-        if bool(done.any()):
-            keep = (~done).nonzero().squeeze(-1)
+        if any(done):
+            keep = torch.tensor([row for row, ended in enumerate(done) if not ended], device=rows.device)
             cache.batch_select_indices(keep)
             rows, token, mask, position = rows[keep], token[keep], mask[keep], position[keep]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)

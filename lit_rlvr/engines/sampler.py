@@ -8,18 +8,25 @@ import torch
 from torch import Tensor
 
 from lit_rlvr.engines.base import Sampling
+from lit_rlvr.hashing import uniform
 
 BLOCK = 256
 CACHED = 2**18
 """Logits taken at a time on a CPU, so that what is between two operations stays in its cache."""
+READABLE = ("cpu",)
+"""Devices of which a number can be read without waiting for what is still being computed."""
 
 
 class Drawn(NamedTuple):
-    """Next tokens [n], their log-probabilities [n] and the entropies [n] of the full distribution, in nats."""
+    """Next tokens [n], their log-probabilities [n] and the entropies [n] of the full distribution, in nats.
+
+    A row is ``finite`` [n] unless it holds a NaN, or no finite logit; what is drawn from it then is some token.
+    """
 
     token: Tensor
     logprob: Tensor
     entropy: Tensor
+    finite: Tensor
 
 
 def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Drawn:
@@ -32,16 +39,26 @@ def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Drawn:
         logits: Next-token logits [n, V].
         sampling: Temperature and truncation.
         uniforms: One number in [0, 1) per row [n], float64; not used when greedy.
-
-    Raises:
-        FloatingPointError: When a row holds a NaN, or no finite logit.
     """
     part = max(1, CACHED // logits.shape[-1])
-    if logits.device.type != "cpu" or len(logits) <= part:
-        return _draw(logits, sampling, uniforms)
-    pairs = zip(logits.split(part), uniforms.split(part), strict=True)
-    parts = [_draw(some, sampling, their_uniforms) for some, their_uniforms in pairs]
-    return Drawn(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    with torch.autocast(logits.device.type, enabled=False):  # which would round what entropies are the sums of
+        if logits.device.type != "cpu" or len(logits) <= part:
+            return _draw(logits, sampling, uniforms)
+        pairs = zip(logits.split(part), uniforms.split(part), strict=True)
+        parts = [_draw(some, sampling, their_uniforms) for some, their_uniforms in pairs]
+        return Drawn(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def draw_named(logits: Tensor, name: Tensor, sampling: Sampling, seed: int) -> Drawn:
+    """Draw a token per row with its own random number.
+
+    Args:
+        logits: Next-token logits [n, V].
+        name: (phase, draw, sample, position in the response) of each row [n, 4].
+        sampling: Temperature and truncation.
+        seed: The run's seed.
+    """
+    return draw(logits, sampling, uniform(seed, *name.unbind(-1)))
 
 
 def _draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Drawn:
@@ -51,19 +68,23 @@ def _draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Drawn:
     z = z - z.amax(-1, keepdim=True)
     p = z.exp()
     total = p.sum(-1)
-    weighted = torch.linalg.vecdot(p, z)
-    if not bool(torch.isfinite(total + weighted).all()):
-        if not bool(torch.isfinite(total).all()):
-            raise FloatingPointError("the policy's logits contain NaN or infinity; the weights have diverged")
-        # 0 * -inf is NaN where a logit is masked out, so such logits are lifted to a number.
-        weighted = torch.linalg.vecdot(p, z.clamp(min=-1e30))
-    entropy = total.log() - weighted / total
+    entropy = total.log() - _weighted(p, z) / total
     if sampling.temperature == 0:
         token = z.argmax(-1)
     else:
         token = inverse_cdf(_truncate(p, total, sampling), uniforms)
     logprob = z.gather(-1, token[:, None]).squeeze(-1) - total.log()
-    return Drawn(token, logprob, entropy)
+    return Drawn(token, logprob, entropy, torch.isfinite(total))
+
+
+def _weighted(p: Tensor, z: Tensor) -> Tensor:
+    """Sum of p z per row [n]. 0 * -inf is NaN where a logit is masked out, so such logits are lifted to a number."""
+    if z.device.type in READABLE:
+        weighted: Tensor = torch.linalg.vecdot(p, z)
+        if bool(torch.isfinite(weighted).all()):
+            return weighted
+    lifted: Tensor = torch.linalg.vecdot(p, z.clamp(min=-1e30))
+    return lifted
 
 
 def inverse_cdf(p: Tensor, uniforms: Tensor) -> Tensor:
@@ -77,7 +98,7 @@ def inverse_cdf(p: Tensor, uniforms: Tensor) -> Tensor:
     blocks = padded.sum(-1, dtype=torch.float64).cumsum(-1)
     goal = uniforms.to(blocks) * blocks[:, -1]
     block = _first_above(blocks, goal)
-    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)[:, None]).squeeze(1), 0.0)
+    before = blocks.gather(1, (block - 1).clamp(min=0)[:, None]).squeeze(1).masked_fill(block == 0, 0.0)
     inside = padded[torch.arange(rows, device=p.device), block].double().cumsum(-1)
     return block * BLOCK + _first_above(inside, goal - before)
 
@@ -91,10 +112,10 @@ def _first_above(cumulative: Tensor, goal: Tensor) -> Tensor:
 def _truncate(p: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k and sampling.top_k < p.shape[-1]:
         kth = p.topk(sampling.top_k, dim=-1).values[:, -1:]
-        p = torch.where(p >= kth, p, 0.0)
+        p = p.masked_fill(p < kth, 0.0)
         total = p.sum(-1)
     if sampling.top_p < 1:
         ordered, order = p.sort(-1, descending=True)
         before = (ordered.cumsum(-1) - ordered) / total[:, None]
-        p = torch.zeros_like(p).scatter(-1, order, torch.where(before < sampling.top_p, ordered, 0.0))
+        p = torch.zeros_like(p).scatter(-1, order, ordered.masked_fill(before >= sampling.top_p, 0.0))
     return p

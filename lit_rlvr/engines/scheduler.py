@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from lit_rlvr.engines import graphs
+from lit_rlvr.engines.capture import Recorder
 from lit_rlvr.engines.decoding import Output, prefill
-from lit_rlvr.engines.slots import SlotCache
+from lit_rlvr.engines.graph_draws import DrawGraphs
+from lit_rlvr.engines.graph_steps import StepGraphs
+from lit_rlvr.engines.slots import SPARE, SlotCache
 from lit_rlvr.policy import Policy
+
+log = logging.getLogger(__name__)
 
 SIMILAR = 0.75
 """Prompts are prefilled together with one that is at most this much shorter."""
@@ -24,13 +31,13 @@ class _Prefilled:
 
     Args:
         logits: What each prompt's first token is drawn from [G, V].
-        lengths: Tokens of each prompt [G].
+        lengths: Tokens of each prompt.
         cache: Keys and values, padded on the left.
         waiting: (prompt among the G, row of the output) of those that have not begun.
     """
 
     logits: Tensor
-    lengths: Tensor
+    lengths: list[int]
     cache: DynamicCache
     waiting: deque[tuple[int, int]]
 
@@ -41,6 +48,8 @@ class Scheduler:
     Each prompt is prefilled once. The longest prompts begin, so that those side by side are of similar length. Tokens
     do not depend on the order of things: random numbers are a function of a row's name and position.
 
+    Where each row is, is known on the CPU too: a step waits for the device once, when it asks which rows are done.
+
     Args:
         policy: The policy to sample from.
         windows: The attention window of each of its layers; see :func:`lit_rlvr.engines.slots.windows`.
@@ -48,6 +57,7 @@ class Scheduler:
         samples: Responses per prompt.
         max_rows: Most rows at a time.
         out: Where tokens are drawn and kept.
+        recorder: Makes what records steps as graphs; None: they are not recorded.
     """
 
     def __init__(
@@ -58,17 +68,22 @@ class Scheduler:
         samples: int,
         max_rows: int,
         out: Output,
+        recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         self.policy, self.prompts, self.samples, self.out = policy, prompts, samples, out
         self.slots = min(max_rows, samples * len(prompts))
-        self.cache = SlotCache(windows, self.slots)
+        most = max(map(len, prompts)) + out.sampling.max_new_tokens
+        self.cache = SlotCache(windows, self.slots, graphs.SPARE if recorder else SPARE, most)
+        self.recorder = recorder
+        self.graphs: StepGraphs | None = None
         self.queue = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         self.ready: _Prefilled | None = None
         self.row = torch.zeros(0, dtype=torch.int64, device=policy.device)
         """Row of the output in each slot [n]."""
-        self.length = self.row
-        """Tokens of each slot in the cache [n]."""
-        self.longest, self.shortest = 0, 0
+        self.position = self.row
+        """Tokens of each slot in the cache [n], which is the position of the next."""
+        self.lengths: list[int] = []
+        """The same on the CPU."""
 
     def run(self) -> None:
         """Decode until nothing is waiting and all have finished."""
@@ -91,10 +106,11 @@ class Scheduler:
                 self.ready = self._prefill(-(-free // self.samples))
             ready = self.ready
             taken = [ready.waiting.popleft() for _ in range(min(free, len(ready.waiting)))]
-            prompt, row = torch.tensor(taken, device=self.row.device).unbind(-1)
-            self.row = torch.cat([self.row, row])
-            self._set_lengths(torch.cat([self.length, ready.lengths[prompt]]))
-            self.cache.admit(ready.cache, prompt, self.longest)
+            begin = [(prompt, row, ready.lengths[prompt]) for prompt, row in taken]
+            prompt, row, position = torch.tensor(begin, device=self.row.device).unbind(-1)
+            self.row, self.position = torch.cat([self.row, row]), torch.cat([self.position, position])
+            self.lengths += [length for _, _, length in begin]
+            self.cache.admit(ready.cache, prompt, max(self.lengths))
             logits = ready.logits[prompt] if logits is None else torch.cat([logits, ready.logits[prompt]])
             if not ready.waiting:
                 self.ready = None
@@ -106,37 +122,51 @@ class Scheduler:
         enough = SIMILAR * len(self.prompts[picked[0]])
         while self.queue and len(picked) < most and len(self.prompts[self.queue[0]]) >= enough:
             picked.append(self.queue.popleft())
-        logits, mask, cache = prefill(self.policy, [self.prompts[i] for i in picked])
+        prompts = [self.prompts[i] for i in picked]
+        logits, _, cache = prefill(self.policy, prompts)
         rows = ((place, i * self.samples + s) for place, i in enumerate(picked) for s in range(self.samples))
-        return _Prefilled(logits, mask.sum(-1), cache, deque(rows))
+        return _Prefilled(logits, [len(prompt) for prompt in prompts], cache, deque(rows))
 
-    def _drop(self, token: Tensor, done: Tensor) -> Tensor:
+    def _drop(self, token: Tensor, done: list[bool]) -> Tensor:
         """Let rows that are done leave; the last rows take their slots. Returns the tokens of those that stay."""
-        stays = ~done.cpu()
-        count = int(stays.sum())
-        if count == len(stays):
+        count = done.count(False)
+        if count == len(done):
             return token
-        holes = (~stays[:count]).nonzero().squeeze(-1)
-        movers = count + stays[count:].nonzero().squeeze(-1)
-        order = torch.arange(count)
-        order[holes] = movers
-        order, holes, movers = (index.to(token.device) for index in (order, holes, movers))
-        self.row = self.row[order]
-        self._set_lengths(self.length[order])
-        self.cache.keep(holes, movers, count, self.longest)
-        return token[order]
+        holes = [slot for slot in range(count) if done[slot]]
+        movers = [slot for slot in range(count, len(done)) if not done[slot]]
+        taken_by = dict(zip(holes, movers, strict=True))
+        order = [taken_by.get(slot, slot) for slot in range(count)]
+        index = torch.tensor([*order, *holes, *movers], dtype=torch.int64, device=token.device)
+        stay, to, of = index.split([count, len(holes), len(movers)])
+        self.row, self.position = self.row[stay], self.position[stay]
+        self.lengths = [self.lengths[slot] for slot in order]
+        self.cache.keep(to, of, count, max(self.lengths, default=0))
+        return token[stay]
 
     def _advance(self, token: Tensor) -> Tensor:
         """One forward pass of the rows that go on. Returns next-token logits [n, V]."""
-        mask = None
-        if self.shortest < self.longest:
-            first = self.longest - self.length
-            mask = torch.arange(self.longest + 1, device=token.device) >= first[:, None]
-        logits = self.policy.next_logits(token[:, None], mask, self.length[:, None], self.cache)
-        self.length = self.length + 1
-        self.longest, self.shortest = self.longest + 1, self.shortest + 1
+        if self.graphs is None:
+            logits = self._forward(token)
+            if self.recorder is not None:
+                self._begin_graphs(token, logits, self.recorder)
+        else:
+            logits = self.graphs.next_logits(token, self.position)
+        self.position = self.position + 1
+        self.lengths = [length + 1 for length in self.lengths]
         return logits
 
-    def _set_lengths(self, length: Tensor) -> None:
-        self.length = length
-        self.longest, self.shortest = (int(length.max()), int(length.min())) if len(length) else (0, 0)
+    def _forward(self, token: Tensor) -> Tensor:
+        """The pass, kernel by kernel."""
+        longest, mask = max(self.lengths), None
+        if min(self.lengths) < longest:
+            mask = torch.arange(longest + 1, device=token.device) >= (longest - self.position)[:, None]
+        return self.policy.next_logits(token[:, None], mask, self.position[:, None], self.cache)
+
+    def _begin_graphs(self, token: Tensor, logits: Tensor, recorder: Callable[[], Recorder]) -> None:
+        """Take graphs for the steps that follow, if the one that was just taken is the same with them."""
+        steps, self.recorder = StepGraphs(self.policy, self.cache, logits, recorder), None
+        if not steps.agrees(token, self.position, logits):
+            log.warning("captured steps do not give what the model does; this rollout is decoded without them")
+            return
+        self.graphs = steps
+        self.out.drawer = DrawGraphs(steps.logits, self.out.sampling, self.out.seed, recorder)

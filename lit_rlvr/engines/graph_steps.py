@@ -1,0 +1,130 @@
+"""Decoding steps as captured graphs.
+
+Tokens, positions and the column that is written lie in tensors that stay where they are, and attention reads the whole
+storage behind a mask. A graph is valid for one width of the storage. Rows that are not in use compute something finite,
+in slots that are not in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from lit_rlvr.engines.capture import Recorder
+from lit_rlvr.engines.graphs import RowGraphs
+from lit_rlvr.engines.slots import SlotCache, SlotLayer
+from lit_rlvr.policy import Policy
+
+
+class StepGraphs:
+    """Captured decoding steps of one rollout.
+
+    Args:
+        policy: The policy, whose weights stay where they are.
+        cache: Its keys and values; no layer has a window.
+        like: Logits of any step [n, V], for their dtype.
+        recorder: Makes a recorder.
+    """
+
+    def __init__(self, policy: Policy, cache: SlotCache, like: Tensor, recorder: Callable[[], Recorder]) -> None:
+        slots, device = cache.slots[0].slots, like.device
+        self.policy, self.cache = policy, cache
+        self.token, self.position = (torch.zeros(slots, 1, dtype=torch.int64, device=device) for _ in range(2))
+        self.column = torch.zeros(1, dtype=torch.int64, device=device)
+        self.logits = like.new_zeros(slots, like.shape[-1])
+        self.width = cache.width
+        self.graphs = RowGraphs(self._step, slots, recorder)
+
+    def next_logits(self, token: Tensor, position: Tensor) -> Tensor:
+        """Extend the cache by ``token`` [n] at ``position`` [n]. Returns logits [n, V], valid until the next step."""
+        return self._run(token, position, self.cache.extend())
+
+    def agrees(self, token: Tensor, position: Tensor, logits: Tensor) -> bool:
+        """Whether a step that was just taken without graphs has the same ``logits`` [n, V] with them.
+
+        The same sums in another order: each of many layers rounds by 2^-8 in bfloat16, by 2^-11 where TF32 is allowed.
+        Attention to wrong columns changes a good part of the logits. If they differ, the cache stays as it was.
+        """
+        column = self.cache.slots[0].high - 1
+        parts = [storage[:, :, column] for layer in self.cache.slots for storage in layer.storage]
+        before = [part.clone() for part in parts]
+        again = self._run(token, position, column)
+        wanted, got = (x.double() - x.double().mean(-1, keepdim=True) for x in (logits, again))
+        tolerance = 1e-1 if any(part.dtype.itemsize < 4 for part in parts) else 1e-2
+        right = bool(((got - wanted).norm(dim=-1) <= tolerance * wanted.norm(dim=-1)).all())
+        if not right:
+            for part, old in zip(parts, before, strict=True):
+                part.copy_(old)
+        return right
+
+    def _run(self, token: Tensor, position: Tensor, column: int) -> Tensor:
+        rows = len(token)
+        self.token[:rows, 0], self.position[:rows, 0] = token, position
+        self.column.fill_(column)
+        if self.width != self.cache.width:
+            self.width = self.cache.width
+            self.graphs.forget()
+        self.graphs(rows)
+        return self.logits[:rows]
+
+    def _step(self, rows: int) -> None:
+        """What is captured.
+
+        A row's tokens are the ``position`` columns before the one that is written. Whatever was left behind in a row
+        that is not in use, it sees that one, so that nothing is NaN.
+        """
+        position = self.position[:rows]
+        places = torch.arange(self.width, device=position.device)
+        seen = (places >= self.column - position) & (places <= self.column)
+        mask = torch.zeros(seen.shape, dtype=self.policy.hf.dtype, device=seen.device)
+        mask = mask.masked_fill(~seen, -torch.inf)[:, None, None]
+        cache = Cache(layers=[_WholeLayer(layer, rows, self.column) for layer in self.cache.slots])
+        with _uncached_autocast(position.device):
+            self.logits[:rows].copy_(self.policy.next_logits(self.token[:rows], mask, position, cache))
+
+
+class _WholeLayer(CacheLayerMixin):
+    """A layer as a graph sees it: all columns of the first ``rows`` slots, and a tensor [1] with the one to write."""
+
+    is_sliding = False
+
+    def __init__(self, layer: SlotLayer, rows: int, column: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = (storage[:rows] for storage in layer.storage)
+        self.column, self.is_initialized = column, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the storage is there."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the column [rows, heads, 1, head size] and return everything."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys.index_copy_(2, self.column, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.column, value_states.to(self.values.dtype))
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        assert self.keys is not None
+        return self.keys.shape[2] - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@contextmanager
+def _uncached_autocast(device: torch.device) -> Iterator[None]:
+    """Autocast as it is, without its cache: a weight that is cast while capturing lies in the graph's own memory."""
+    kind = device.type
+    on = torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=on, cache_enabled=False):
+        yield
