@@ -35,6 +35,7 @@ class Report(Callback):
             pl_module.policy = pl_module.place(pl_module.open_policy(pl_module.base))
             self.rows["base"] = pl_module.evaluator.run(pl_module)
             pl_module.policy = policy
+            pl_module.engine.setup()  # an engine's copy of the weights is of another policy after as many steps
         before = "before training" if pl_module.base is None else "after warm start"
         self.rows[before] = pl_module.evaluator.run(pl_module)
 

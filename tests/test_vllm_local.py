@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from lit_rlvr.engines.vllm_responses import request
 from lit_rlvr.lora import LoRA, add_adapters
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import LocalReduce
+from lit_rlvr.report import Report
 from lit_rlvr.weights import named_weights
 
 TOKENIZER, HERE = char_tokenizer(), LocalReduce()
@@ -190,6 +192,28 @@ def test_weights_are_loaded_once_per_update(install: Any) -> None:
     engine.setup()  # another run
     engine.sync(policy, 1, HERE)
     assert llm.done == 3 * loading
+    engine.close()
+
+
+def test_a_warm_started_policy_is_not_taken_for_the_one_before(install: Any) -> None:
+    """Both are evaluated after no optimiser step, and each with its own weights."""
+    fake, seen = install(), list[float]()
+    engine, policies = VLLMInProcessEngine(), {name: make_policy() for name in ("base", "warm")}
+    for number, policy in enumerate(policies.values()):
+        torch.nn.init.constant_(policy.hf.model.norm.weight, number)
+    engine.setup()
+
+    def run(module: Any) -> dict[str, float]:
+        engine.sync(module.policy, 0, HERE)
+        seen.append(float(fake.made[-1].weights["model.norm.weight"].mean()))
+        return {}
+
+    module: Any = SimpleNamespace(
+        policy=policies["warm"], base="base", open_policy=policies.get, place=lambda policy: policy, engine=engine,
+        evaluator=SimpleNamespace(run=run),
+    )  # fmt: skip
+    Report().on_train_start(None, module)  # type: ignore[arg-type]
+    assert seen == [0, 1]
     engine.close()
 
 
