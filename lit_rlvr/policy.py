@@ -86,13 +86,14 @@ class Policy(nn.Module):
 
         Args:
             ids: New tokens [N, S]; left-padded in a prefill.
-            mask: True on real tokens of cache and ``ids`` together [N, total], or None where all are real.
+            mask: True on real tokens of cache and ``ids`` together [N, total], or None where all are real. Or what is
+                added to the attention's scores [N, 1, S, total].
             positions: Position of each new token [N, S].
             cache: A transformers ``Cache``.
         """
         out = self.hf.base_model(
             input_ids=ids,
-            attention_mask=None if mask is None else mask.long(),
+            attention_mask=mask.long() if mask is not None and mask.dtype == torch.bool else mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,

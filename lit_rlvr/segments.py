@@ -18,6 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lit_rlvr.grouped import attend_one, serves_one
+
 NAME = "lit_rlvr_segments"
 
 
@@ -154,6 +156,8 @@ def attend(
     if pack is None:
         if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and query.shape[2] > 1:
             raise ValueError("the model does not hand its attention what packs need")
+        if serves_one(query, key, attention_mask, kwargs):
+            return attend_one(query, key, value, attention_mask, kwargs.get("scaling")), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     pieces = []

@@ -14,6 +14,7 @@ from lit_rlvr.engines.base import Engine, Generation, Sampling
 from lit_rlvr.engines.decoding import Output
 from lit_rlvr.engines.scheduler import Scheduler
 from lit_rlvr.engines.slots import windows
+from lit_rlvr.engines.unrecorded import unrecorded
 from lit_rlvr.matmul import packed_linears
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import Reduce
@@ -71,7 +72,8 @@ class InProcessEngine(Engine):
         was_training = policy.training
         policy.eval()
         try:
-            with gathered(policy), packed_linears(policy) if self.pack_weights else nullcontext():
+            packed = packed_linears(policy) if self.pack_weights else nullcontext()
+            with gathered(policy), packed, unrecorded(policy):
                 if len(uid):
                     self._decode(policy, prompts, samples, out)
         finally:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from lit_rlvr.engines import whole
 from lit_rlvr.engines.decoding import Output, prefill
-from lit_rlvr.engines.slots import SlotCache
+from lit_rlvr.engines.slots import SPARE, SlotCache
 from lit_rlvr.policy import Policy
 
 SIMILAR = 0.75
@@ -61,7 +62,9 @@ class Scheduler:
     ) -> None:
         self.policy, self.prompts, self.samples, self.out = policy, prompts, samples, out
         self.slots = min(max_rows, samples * len(prompts))
-        self.cache = SlotCache(windows, self.slots)
+        self.whole = whole.reads_whole(policy, windows)
+        most = max(map(len, prompts)) + out.sampling.max_new_tokens
+        self.cache = SlotCache(windows, self.slots, whole.SPARE if self.whole else SPARE, most)
         self.queue = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         self.ready: _Prefilled | None = None
         self.row = torch.zeros(0, dtype=torch.int64, device=policy.device)
@@ -128,14 +131,20 @@ class Scheduler:
 
     def _advance(self, token: Tensor) -> Tensor:
         """One forward pass of the rows that go on. Returns next-token logits [n, V]."""
+        logits = whole.next_logits(self.policy, self.cache, token, self.length) if self.whole else None
+        if logits is None:
+            logits = self._forward(token)
+        self.length = self.length + 1
+        self.longest, self.shortest = self.longest + 1, self.shortest + 1
+        return logits
+
+    def _forward(self, token: Tensor) -> Tensor:
+        """The pass over the columns in use."""
         mask = None
         if self.shortest < self.longest:
             first = self.longest - self.length
             mask = torch.arange(self.longest + 1, device=token.device) >= first[:, None]
-        logits = self.policy.next_logits(token[:, None], mask, self.length[:, None], self.cache)
-        self.length = self.length + 1
-        self.longest, self.shortest = self.longest + 1, self.shortest + 1
-        return logits
+        return self.policy.next_logits(token[:, None], mask, self.length[:, None], self.cache)
 
     def _set_lengths(self, length: Tensor) -> None:
         self.length = length

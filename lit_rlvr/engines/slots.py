@@ -15,6 +15,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 SPARE = 64
 """Columns that storage grows by at the least; otherwise by a quarter of what it has."""
+ALIGNED = 16
+"""Its columns are a multiple of this: kernels on a GPU copy a mask that is not aligned."""
 
 
 class SlotLayer(CacheLayerMixin):
@@ -26,11 +28,14 @@ class SlotLayer(CacheLayerMixin):
     Args:
         slots: Most rows at a time.
         window: Tokens that attention reaches back, the current one included; None for all. No more are kept.
+        spare: Columns that storage grows by at the least.
+        most: Columns that rows take which begin together: before more are needed, storage has no more.
     """
 
-    def __init__(self, slots: int, window: int | None = None) -> None:
+    def __init__(self, slots: int, window: int | None = None, spare: int = SPARE, most: int = 0) -> None:
         super().__init__()
         self.slots, self.window, self.is_sliding = slots, window, window is not None
+        self.spare, self.most = spare, most
         self.rows, self.low, self.high = 0, 0, 0
         self.length = 0
         """Tokens of the longest row, those before its window included."""
@@ -45,14 +50,19 @@ class SlotLayer(CacheLayerMixin):
         """Write a new column [rows, heads, 1, head size] and return everything in use."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._make_room(key_states.shape[2])
-        keys, values = self._storage
-        first, self.high = self.high, self.high + key_states.shape[2]
+        past, first = self.high - self.low, self.extend(key_states.shape[2])
+        keys, values = self.storage
         keys[: self.rows, :, first : self.high] = key_states
         values[: self.rows, :, first : self.high] = value_states
-        used = (slice(self.rows), slice(None), slice(self.low, self.high))
-        self.use(self.rows, self.length + key_states.shape[2])
+        used = (slice(self.rows), slice(None), slice(first - past, self.high))
         return keys[used], values[used]
+
+    def extend(self, columns: int = 1) -> int:
+        """Use so many columns more, whose keys and values are still to be written. Returns the first."""
+        self._make_room(columns)
+        first, self.high = self.high, self.high + columns
+        self.use(self.rows, self.length + columns)
+        return first
 
     def admit(self, prompts: CacheLayerMixin, index: Tensor, length: int) -> None:
         """Put the rows ``index`` [n] of a prefilled layer, which are padded on the left, behind those in use.
@@ -65,18 +75,18 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(prompts.keys, prompts.values)
         rows, width = self.rows + len(index), prompts.keys.shape[2]
         if self.high < width:
-            if width > self._storage[0].shape[2]:
+            if width > self.storage[0].shape[2]:
                 self._grow(width)
             self._move(width)
         place = (slice(self.rows, rows), slice(None), slice(self.high - width, self.high))
-        for storage, theirs in zip(self._storage, (prompts.keys, prompts.values), strict=True):
+        for storage, theirs in zip(self.storage, (prompts.keys, prompts.values), strict=True):
             storage[place] = theirs[index]
         self.use(rows, length)
 
     def keep(self, holes: Tensor, movers: Tensor) -> None:
         """Overwrite the slots ``holes`` [m] with the slots ``movers`` [m]."""
         used = slice(self.low, self.high)
-        for storage in self._storage:
+        for storage in self.storage:
             storage[holes, :, used] = storage[movers, :, used]
 
     def use(self, rows: int, length: int) -> None:
@@ -96,14 +106,15 @@ class SlotLayer(CacheLayerMixin):
         return -1 if self.window is None else self.window
 
     @property
-    def _storage(self) -> tuple[Tensor, Tensor]:
+    def storage(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [slots, heads, columns, head size], in use or not."""
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
 
     def _make_room(self, columns: int) -> None:
         """Have ``columns`` free columns after the last: move to the front where half is unused there, or grow."""
-        now = self._storage[0].shape[2]
+        now = self.storage[0].shape[2]
         if self.high + columns > now:
             if self.low >= max(now // 2, columns):
                 self._move(self.high - self.low)
@@ -112,9 +123,11 @@ class SlotLayer(CacheLayerMixin):
 
     def _grow(self, columns: int) -> None:
         """Have at least so many columns, and some to spare. Zeros, because a masked column times NaN would be NaN."""
-        wide = columns + max(SPARE, self._storage[0].shape[2] // 4)
+        wide = columns + max(self.spare, self.storage[0].shape[2] // 4)
+        wide = min(wide, self.most) if columns <= self.most else wide
+        wide = -(-wide // ALIGNED) * ALIGNED
         used = (slice(self.rows), slice(None), slice(self.low, self.high))
-        for name, old in zip(("keys", "values"), self._storage, strict=True):
+        for name, old in zip(("keys", "values"), self.storage, strict=True):
             new = old.new_zeros(*old.shape[:2], wide, old.shape[3])
             new[used] = old[used]
             setattr(self, name, new)
@@ -123,7 +136,7 @@ class SlotLayer(CacheLayerMixin):
         """Let the columns in use end at ``high``."""
         kept = self.high - self.low
         if kept:
-            for storage in self._storage:
+            for storage in self.storage:
                 used = storage[: self.rows, :, self.low : self.high].clone()
                 storage[: self.rows, :, high - kept : high] = used
         self.low, self.high = high - kept, high
@@ -135,11 +148,24 @@ class SlotCache(Cache):
     Args:
         windows: The window of each layer; see :func:`windows`.
         slots: Most rows at a time.
+        spare: Columns that storage grows by at the least.
+        most: Columns that rows take which begin together.
     """
 
-    def __init__(self, windows: list[int | None], slots: int) -> None:
-        self.slots: list[SlotLayer] = [SlotLayer(slots, window) for window in windows]
+    def __init__(self, windows: list[int | None], slots: int, spare: int = SPARE, most: int = 0) -> None:
+        self.slots: list[SlotLayer] = [SlotLayer(slots, window, spare, most) for window in windows]
         super().__init__(layers=list(self.slots))
+
+    def extend(self) -> int:
+        """Use one column more in every layer, where it is the same one, which is still to be written. Returns it."""
+        (column,) = {layer.extend() for layer in self.slots}
+        return column
+
+    @property
+    def width(self) -> int:
+        """Columns of the layers' storage: another number after it has grown."""
+        (width,) = {layer.storage[0].shape[2] for layer in self.slots}
+        return width
 
     def admit(self, prompts: DynamicCache, index: Tensor, length: int) -> None:
         """Add rows ``index`` [n] of prefilled prompts, padded on the left; the longest of all is then ``length``."""
