@@ -116,7 +116,7 @@ def count(generation: Generation) -> int:
 def rollouts(settings: Settings, gate: Gate) -> None:
     """Sample with the engine alone."""
     size = settings.size
-    policy = load_policy(settings.folder, settings.dtype).to(settings.device)
+    policy = load_policy(settings.folder, settings.dtype, layout=None).to(settings.device)
     tokenizer = AutoTokenizer.from_pretrained(settings.folder)
     engine, prompts = InProcessEngine(**settings.engine), prompt_ids(size, 64 * size.prompts)
     engine.setup()

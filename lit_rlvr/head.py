@@ -63,13 +63,16 @@ class LogitTransform:
 
 
 class _Chunk(NamedTuple):
-    """Rows ``part`` of the logits, ``shifted`` by their largest (``top``), and what follows from them."""
+    """Rows ``part`` of the logits, ``shifted`` by their largest (``top``), and what follows from them.
+
+    ``exponentials`` of them add up to ``total``.
+    """
 
     part: slice
     shifted: Tensor
     top: Tensor
-    log_total: Tensor
-    p: Tensor
+    total: Tensor
+    exponentials: Tensor
     logp: Tensor
     entropy: Tensor
 
@@ -85,34 +88,44 @@ class _Head(NamedTuple):
     chunk: int
 
     def chunks(self) -> Iterator[_Chunk]:
+        """The chunks, one after the other; each takes the memory of the one before."""
         rows = len(self.targets)
         # Of even size: a small last chunk would make thin matrix products.
         size = -(-rows // max(1, -(-rows // self.chunk)))
+        logits = self.weight.new_empty(size, len(self.weight))
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        exponentials, products = (torch.empty_like(logits, dtype=wide) for _ in range(2))
         for start in range(0, rows, max(1, size)):
             part = slice(start, min(start + size, rows))
-            raw = torch.nn.functional.linear(self.hidden[part], self.weight, self.bias)
-            z = self.transform(raw)
+            number = part.stop - start
+            z = self.transform(self._raw(part, logits[:number]))
             top = z.amax(-1, keepdim=True)
             # Everything is relative to the largest logit: log-sum-exp minus mean logit would cancel in float32.
             shifted = z.sub_(top)
-            p = shifted.exp()
-            total = p.sum(-1)
+            e = torch.exp(shifted, out=exponentials[:number])
+            total = e.sum(-1)
             log_total = total.log()
-            entropy = log_total - (p * shifted).sum(-1) / total
+            entropy = log_total - torch.mul(e, shifted, out=products[:number]).sum(-1) / total
             logp = shifted.gather(1, self.targets[part, None]).squeeze(1) - log_total
-            yield _Chunk(part, shifted, top, log_total, p.div_(total[:, None]), logp, entropy)
+            yield _Chunk(part, shifted, top, total, e, logp, entropy)
+
+    def _raw(self, part: slice, out: Tensor) -> Tensor:
+        """Raw logits of the rows ``part``, written to ``out``."""
+        if self.bias is None:
+            return torch.mm(self.hidden[part], self.weight.T, out=out)
+        return torch.addmm(self.bias, self.hidden[part], self.weight.T, out=out)
 
     def raw_gradient(self, chunk: _Chunk, g_logp: Tensor, g_entropy: Tensor | None) -> Tensor:
         """Gradient of the raw logits [m, V], from those of the chunk's log-probabilities and entropies [m].
 
-        Takes the place of the chunk's probabilities.
+        Takes the place of the chunk's exponentials.
         """
-        factor = -g_logp[:, None]
+        factor = -(g_logp / chunk.total)[:, None]
         if g_entropy is not None:
-            # -(g_logp + g_entropy (log p + H)), in one buffer
-            offset = (chunk.entropy - chunk.log_total)[:, None]
-            factor = (chunk.shifted + offset).mul_(-g_entropy[:, None]).add_(factor)
-        d = chunk.p.mul_(factor)
+            # -(g_logp + g_entropy (log p + H)) / total, in one buffer
+            offset = (chunk.entropy - chunk.total.log())[:, None]
+            factor = (chunk.shifted + offset).mul_(-(g_entropy / chunk.total)[:, None]).add_(factor)
+        d = chunk.exponentials.mul_(factor)
         d.scatter_add_(1, self.targets[chunk.part, None], g_logp[:, None])
         return self.transform.through(d, chunk.shifted, chunk.top)
 

@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lit_rlvr.devices import send
+from lit_rlvr.grouped import attend_one, serves_one
 from lit_rlvr.varlen import Spans, attend_spans, varlen_serves
 
 NAME = "lit_rlvr_segments"
@@ -159,6 +160,8 @@ def attend(
     if pack is None:
         if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and query.shape[2] > 1:
             raise ValueError("the model does not hand its attention what packs need")
+        if serves_one(query, key, attention_mask, kwargs):
+            return attend_one(query, key, value, attention_mask, kwargs.get("scaling")), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if varlen_serves(query, value, kwargs):

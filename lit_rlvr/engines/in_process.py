@@ -18,6 +18,7 @@ from lit_rlvr.engines.graphs import why_not
 from lit_rlvr.engines.narrow import narrowed_linears
 from lit_rlvr.engines.scheduler import Scheduler
 from lit_rlvr.engines.slots import windows
+from lit_rlvr.engines.unrecorded import unrecorded
 from lit_rlvr.matmul import packed_linears
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import Reduce
@@ -81,7 +82,7 @@ class InProcessEngine(Engine):
         policy.eval()
         try:
             packed = packed_linears(policy) if self.pack_weights else nullcontext()
-            with gathered(policy), packed, narrowed_linears(policy, policy.device):
+            with gathered(policy), packed, narrowed_linears(policy, policy.device), unrecorded(policy):
                 if len(uid):
                     self._decode(policy, prompts, samples, out)
         finally:

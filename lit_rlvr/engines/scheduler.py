@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lit_rlvr.engines import graphs
+from lit_rlvr.engines import graphs, whole
 from lit_rlvr.engines.capture import Recorder
 from lit_rlvr.engines.decoding import Output, prefill
 from lit_rlvr.engines.graph_draws import DrawGraphs
@@ -72,8 +72,10 @@ class Scheduler:
     ) -> None:
         self.policy, self.prompts, self.samples, self.out = policy, prompts, samples, out
         self.slots = min(max_rows, samples * len(prompts))
+        self.whole = whole.reads_whole(policy, windows)
         most = max(map(len, prompts)) + out.sampling.max_new_tokens
-        self.cache = SlotCache(windows, self.slots, graphs.SPARE if recorder else SPARE, most)
+        spare = graphs.SPARE if recorder else whole.SPARE if self.whole else SPARE
+        self.cache = SlotCache(windows, self.slots, spare, most)
         self.recorder = recorder
         self.graphs: StepGraphs | None = None
         self.queue = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
@@ -157,6 +159,9 @@ class Scheduler:
 
     def _forward(self, token: Tensor) -> Tensor:
         """The pass, kernel by kernel."""
+        logits = whole.next_logits(self.policy, self.cache, token, self.position) if self.whole else None
+        if logits is not None:
+            return logits
         longest, mask = max(self.lengths), None
         if min(self.lengths) < longest:
             mask = torch.arange(longest + 1, device=token.device) >= (longest - self.position)[:, None]
