@@ -32,7 +32,7 @@ from lit_rlvr.checks import check_chain, check_trainer, check_trainer_options  #
 from lit_rlvr.cli_errors import clear, missing_file  # noqa: E402
 from lit_rlvr.cli_names import class_names, interpolation, option_keys  # noqa: E402
 from lit_rlvr.cluster import Machines  # noqa: E402
-from lit_rlvr.config_files import MODE, check_file, keep_comments_as_text  # noqa: E402
+from lit_rlvr.config_files import MODE, check_file, keep_comments_as_text, replace_whole_lists  # noqa: E402
 from lit_rlvr.credit import all_callbacks, credit_chain  # noqa: E402
 from lit_rlvr.data import RLVRDataModule  # noqa: E402
 from lit_rlvr.engines import Engine  # noqa: E402
@@ -172,6 +172,11 @@ class CLI(LightningCLI):
                 raise ValueError(f"threads must be at least 1, got {threads}; leave it null for torch's choice")
             torch.set_num_threads(threads)
 
+    def instantiate_classes(self) -> None:
+        if self.subcommand == "explain":
+            self.config.explain.trainer.logger = False  # making one opens its database
+        super().instantiate_classes()
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
         check_trainer_options(config, found_here=self.subcommand not in ("explain", "doctor"))
         if self.subcommand in ("explain", "doctor"):  # the machine that explains a run need not be the one that runs it
@@ -268,6 +273,7 @@ def run(arguments: list[str]) -> int:
     load_callbacks()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     keep_comments_as_text()
+    replace_whole_lists()
     usage = {name: {"parser_mode": MODE, "usage": f"lit-rlvr {name} [options]"} for name in CLI.subcommands()}
     sys.argv = [sys.argv[0], *arguments]  # what Lightning's launchers start other ranks with
     try:

@@ -50,7 +50,8 @@ class Report(Callback):
         facts = {"seed": pl_module.seed, "seconds": seconds, "steps": trainer.global_step, "evaluations": self.rows}
         (folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         console().print(closing_table(self.rows))
-        console().print(f"seed {pl_module.seed}, {trainer.global_step} optimiser steps, {seconds:.0f} s")
+        steps = f"{trainer.global_step} optimiser step{'' if trainer.global_step == 1 else 's'}"
+        console().print(f"seed {pl_module.seed}, {steps}, {seconds:.0f} s")
         found = places(trainer)
         for name, place in found.items():
             console().print(f"  {name:<16} {place}", markup=False)
