@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler  # noqa: E402
 
 from lit_rlvr.advantages import Advantage  # noqa: E402
 from lit_rlvr.aggregation import Aggregation  # noqa: E402
+from lit_rlvr.architectures import reach  # noqa: E402
 from lit_rlvr.checkpoint import PhaseCheckpoint, check_resumable  # noqa: E402
 from lit_rlvr.checks import check_chain, check_trainer, check_trainer_options  # noqa: E402
 from lit_rlvr.cli_errors import clear, missing_file  # noqa: E402
@@ -40,6 +41,7 @@ from lit_rlvr.explain import explain  # noqa: E402
 from lit_rlvr.facts import Cluster  # noqa: E402
 from lit_rlvr.gae import GAE as GAE  # noqa: E402  # imported so that YAML may use its short name
 from lit_rlvr.losses import PolicyLoss  # noqa: E402
+from lit_rlvr.models import resolve_model  # noqa: E402
 from lit_rlvr.module import RLVRModule  # noqa: E402
 from lit_rlvr.nulls import nulls  # noqa: E402
 from lit_rlvr.preemption import Preemption  # noqa: E402
@@ -204,6 +206,7 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         credit_chain(all_callbacks(self.trainer))  # refuses a bad list before anything is trained
+        self._reach_model()
         path = self._get(self.config, "ckpt_path")
         if path is not None:
             if not Path(path).exists():
@@ -211,6 +214,15 @@ class CLI(LightningCLI):
             check_resumable(Path(path), self.trainer.strategy)
         if (folder := self._warm_start()) is not None:
             self.model.start_from(folder)
+
+    def before_validate(self) -> None:
+        self._reach_model()
+
+    def before_test(self) -> None:
+        self._reach_model()
+
+    def _reach_model(self) -> None:
+        reach(resolve_model(self.model.model))
 
     def explain(self, cluster: str | None = None, **_: Any) -> None:
         """The ``explain`` command."""
@@ -251,6 +263,15 @@ class CLI(LightningCLI):
         return str(settings.run(self.model.model, data.task, data.template, self.model.dtype_name))
 
 
+class CheckOnly(CLI):
+    """``fit`` up to where it would begin."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        module, _, trainer = self._connected()
+        check_trainer(module, trainer)
+        check_chain(module)
+
+
 def every_option() -> list[str]:
     """The options of ``fit``, without a run."""
     parser = Parser()
@@ -266,7 +287,7 @@ def load_callbacks() -> None:
         point.load()
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str], command_line: type[CLI] = CLI) -> int:
     """Run a command; user errors become one sentence. ``LIT_RLVR_DEBUG=1`` shows the traceback instead."""
     quiet_libraries()  # once more: Lightning sets its own log levels on import
     sys.path.insert(0, os.getcwd())  # modules in the current folder can be imported, also by verifier processes
@@ -277,7 +298,7 @@ def run(arguments: list[str]) -> int:
     usage = {name: {"parser_mode": MODE, "usage": f"lit-rlvr {name} [options]"} for name in CLI.subcommands()}
     sys.argv = [sys.argv[0], *arguments]  # what Lightning's launchers start other ranks with
     try:
-        CLI(
+        command_line(
             RLVRModule,
             RLVRDataModule,
             save_config_callback=SaveConfig,

@@ -66,16 +66,7 @@ def check_file(path: str, options: Collection[str]) -> None:
     Raises:
         ValueError: Naming the file and, where there is one, the line.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        raise ValueError(f"{path} is not valid YAML{_near(error, text)}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    root = _composed(path)
     if root is None:
         raise ValueError(f"{path} is empty: it has no options")
     if not isinstance(root, MappingNode):
@@ -83,6 +74,31 @@ def check_file(path: str, options: Collection[str]) -> None:
     groups = {option[:i] for option in options for i, letter in enumerate(option) if letter == "."}
     for problem in _problems(root, "", groups, Path(path).parent):
         raise ValueError(f"{path}, line {problem}")
+
+
+def check_yaml(path: str) -> None:
+    """Refuse a YAML file with broken syntax, or in which a name stands twice.
+
+    Raises:
+        ValueError: Naming the file and the line.
+    """
+    if (root := _composed(path)) is not None:
+        for problem in _problems(root, "", set(), Path()):
+            raise ValueError(f"{path}, line {problem}")
+
+
+def _composed(path: str) -> Node | None:
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    try:
+        root: Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"{path} is not valid YAML{_near(error, text)}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    return root
 
 
 def _near(error: yaml.MarkedYAMLError, text: str) -> str:
@@ -110,7 +126,8 @@ def _problems(node: Node, name: str, groups: set[str], folder: Path) -> Iterator
         where = f"{node.start_mark.line + 1}: {name} is a section{example}"
         yield f"{where}; its options stand below it, got {_shown(node)}{hint}"
     elif node.tag.startswith((f"{STANDARD}python", "!")):
-        yield f"{node.start_mark.line + 1}: {name} has the tag {node.tag.replace(STANDARD, '!!')}, which is not understood"
+        tag = node.tag.replace(STANDARD, "!!")
+        yield f"{node.start_mark.line + 1}: {name} has the tag {tag}, which is not understood"
     elif isinstance(node, SequenceNode):
         for entry in node.value:
             if isinstance(entry, MappingNode) and name.rstrip("+") == "trainer.callbacks":
@@ -123,7 +140,7 @@ def _about_keys(node: MappingNode, name: str, keys: list[str]) -> Iterator[str]:
     for i, (key, value) in enumerate(node.value):
         line = key.start_mark.line + 1
         if not isinstance(key, ScalarNode) or (key.tag != TEXT and key.value != "<<"):
-            yield f"{line}: the name of an option must be a text, got {_shown(key)}"
+            yield f"{line}: a name must be a text, got {_shown(key)}; put it in quotes"
             continue
         if key.value in keys[:i] and key.value != "<<":
             yield f"{line}: {f'{name}.' if name else ''}{key.value} stands there a second time; join the two"

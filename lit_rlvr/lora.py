@@ -47,7 +47,8 @@ class LoRA:
             raise ValueError(f"lora needs r and alpha above 0 and some target_modules, got {self}")
         if isinstance(self.target_modules, str) and self.target_modules != ALL:
             raise ValueError(
-                f"lora.target_modules must be {ALL} or a list of names, as in [q_proj, v_proj], got {self.target_modules!r}"
+                f"lora.target_modules must be {ALL} or a list of names, as in [q_proj, v_proj], got "
+                f"{self.target_modules!r}"
             )
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from command_line import untouched_process
 from transformers import Qwen3Config
 
 from lit_rlvr.__main__ import main
@@ -39,6 +40,15 @@ def test_the_arithmetic_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "max_steps is no multiple of 4: the last phase's rollouts are not all used" in out
     assert "20000 training problems, longest prompt 8 tokens: 625 phases" in out
     assert "credit: StageDetector → EntropyTopK" in out
+
+
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even an empty MLflow database."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with untouched_process():
+        assert main(["explain", "--config", str(CONFIGS / "quickstart.yaml")]) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_for_other_machines_is_explained_here(capsys: pytest.CaptureFixture[str]) -> None:
