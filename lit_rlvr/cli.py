@@ -52,6 +52,7 @@ from lit_rlvr.rollout_pages import RolloutPages  # noqa: E402
 from lit_rlvr.saving import SavePolicy  # noqa: E402
 from lit_rlvr.tasks import Task  # noqa: E402
 from lit_rlvr.tracking import MLflow, RunRecord, SaveConfig  # noqa: E402
+from lit_rlvr.trainer import RLVRTrainer  # noqa: E402
 from lit_rlvr.warmup import Warmup  # noqa: E402
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -115,26 +116,6 @@ def fail(sentence: str) -> None:
 
 OWN_COMMANDS = ("explain", "doctor", "warmup")
 """Commands beside Lightning's."""
-
-
-class RLVRTrainer(pl.Trainer):
-    """Lightning's Trainer with the commands that it lacks."""
-
-    def explain(self, model: RLVRModule, datamodule: RLVRDataModule, cluster: str | None = None) -> None:
-        """Print what a run would do: steps, tokens, algorithm, credit chain and memory; no weights are loaded.
-
-        Args:
-            model: The module.
-            datamodule: The data module.
-            cluster: Estimate the time of a phase on machines like 8x8xH100 (nodes, devices of each, kind), with a
-                sharded strategy, from stated ceilings; null: no estimate.
-        """
-
-    def doctor(self, model: RLVRModule, datamodule: RLVRDataModule) -> None:
-        """Check machine, configuration, model, task and verifier in seconds; no weights are loaded."""
-
-    def warmup(self, model: RLVRModule, datamodule: RLVRDataModule) -> None:
-        """Warm-start the policy on the task's demonstrations and print the folder that holds it."""
 
 
 class CLI(LightningCLI):
@@ -261,15 +242,6 @@ class CLI(LightningCLI):
             return None
         data: RLVRDataModule = self.datamodule
         return str(settings.run(self.model.model, data.task, data.template, self.model.dtype_name))
-
-
-class CheckOnly(CLI):
-    """``fit`` up to where it would begin."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        module, _, trainer = self._connected()
-        check_trainer(module, trainer)
-        check_chain(module)
 
 
 def every_option() -> list[str]:

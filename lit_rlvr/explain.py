@@ -255,13 +255,21 @@ def work_of(module: Any, chain: list[CreditCallback], cluster: Cluster, facts: F
     )
 
 
+PARTS = {
+    "reference": "reference model", "optimizer": "optimizer state", "cache": "key-value cache",
+    "gathered": "gathered weights, while sampling", "critic_step": "critic's gradients and activations",
+}  # fmt: skip
+"""Parts of the memory whose own name says too little."""
+
+
 def memory_table(memory: Memory) -> Table:
-    """The estimate as a table."""
+    """The estimate as a table, without what takes nothing."""
     table = Table(box=None, show_header=False, pad_edge=True)
     table.add_column()
     table.add_column(justify="right")
     for f in fields(memory):
-        table.add_row(f.name, readable(getattr(memory, f.name)))
+        if size := getattr(memory, f.name):
+            table.add_row(PARTS.get(f.name, f.name), readable(size))
     table.add_row("peak of an optimiser step", readable(memory.training), style="bold")
     table.add_row("peak of a rollout", readable(memory.rollout), style="bold")
     return table

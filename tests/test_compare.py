@@ -21,7 +21,7 @@ from command_line import CONFIGS, Outcome, cli, succeed, untouched_process
 from mlflow import MlflowClient
 from test_configs import holds
 
-from lit_rlvr.compare import check
+from lit_rlvr.compare import check, refused
 from lit_rlvr.compare.command import main, workers_of
 from lit_rlvr.compare.pool import locked
 from lit_rlvr.compare.runs import Run, arm_arguments, runs_of
@@ -193,7 +193,7 @@ def test_arms_are_checked_by_what_fit_refuses(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("sys.stdin", StringIO(json.dumps({arm: quickstart + more for arm, more in arms.items()})))
     printed = StringIO()
     with untouched_process(), redirect_stdout(printed):
-        check.main()
+        refused.main()
     assert json.loads(printed.getvalue()) == {
         "name": "there is no option 'model.bach.prompts'; did you mean model.batch.prompts?",
         "value": "batch.prompts=3 must be a multiple of batch.minibatch_prompts=16",
@@ -207,7 +207,7 @@ def test_a_broken_arm_is_named_before_any_run_begins(
     options: tuple[str, ...], write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def answered(command: list[str], *, input: str, **_: Any) -> Any:
-        assert command[1:] == ["-m", "lit_rlvr.compare.check"]
+        assert command[1:] == ["-m", "lit_rlvr.compare.refused"]
         assert {name: words[0] for name, words in json.loads(input).items()} == {
             "low": "--threads=1",
             "high": "--fake.level=0.7",
