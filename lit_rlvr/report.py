@@ -36,6 +36,8 @@ class Report(Callback):
             self.rows["base"] = pl_module.evaluator.run(pl_module)
             pl_module.policy = policy
         before = "before training" if pl_module.base is None else "after warm start"
+        if trainer.global_step > 0:
+            before = f"resumed at step {trainer.global_step}"
         self.rows[before] = pl_module.evaluator.run(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
