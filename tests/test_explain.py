@@ -43,6 +43,13 @@ def test_the_arithmetic_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "credit: StageDetector → EntropyTopK" in out
 
 
+def test_a_run_without_a_number_of_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning's default is far away; an endless run is called so."""
+    assert "max_steps is not set: the run ends after 1,000 passes" in explained(capsys, "--trainer.max_steps=-1")
+    endless = explained(capsys, "--trainer.max_steps=-1", "--trainer.max_epochs=-1")
+    assert "max_steps is not set: the run ends when it is stopped\n" in endless
+
+
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even an empty MLflow database."""
     monkeypatch.chdir(tmp_path)
