@@ -53,7 +53,7 @@ def replace_whole_lists() -> None:
         whole = is_list or (of_names and (isinstance(value, dict) or text.startswith("{")))
         return check(self, value, append, None if whole and not append else cfg, mode)
 
-    ActionTypeHint._check_type = check_alone
+    ActionTypeHint._check_type = check_alone  # type: ignore[method-assign]
 
 
 def check_file(path: str, options: Collection[str]) -> None:
