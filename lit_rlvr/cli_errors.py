@@ -211,7 +211,8 @@ def _type(message: str, keys: list[str], classes: list[str]) -> str | None:
     if not found:
         return None
     _, kind, other, value = found[-1]
-    expected = WORDS.get(kind or other, kind or other).replace("tuple with", "a list with")
+    named: str = kind or other
+    expected = WORDS.get(named, named).replace("tuple with", "a list with")
     return f"{_path(message)} must be {expected}, got {_quoted(value)}"
 
 
