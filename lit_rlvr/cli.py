@@ -27,12 +27,13 @@ from torch.optim.lr_scheduler import LRScheduler  # noqa: E402
 
 from lit_rlvr.advantages import Advantage  # noqa: E402
 from lit_rlvr.aggregation import Aggregation  # noqa: E402
+from lit_rlvr.architectures import reach  # noqa: E402
 from lit_rlvr.checkpoint import PhaseCheckpoint, check_resumable  # noqa: E402
 from lit_rlvr.checks import check_chain, check_trainer, check_trainer_options  # noqa: E402
 from lit_rlvr.cli_errors import clear, missing_file  # noqa: E402
 from lit_rlvr.cli_names import class_names, interpolation, option_keys  # noqa: E402
 from lit_rlvr.cluster import Machines  # noqa: E402
-from lit_rlvr.config_files import MODE, check_file, keep_comments_as_text  # noqa: E402
+from lit_rlvr.config_files import MODE, check_file, keep_comments_as_text, replace_whole_lists  # noqa: E402
 from lit_rlvr.credit import all_callbacks, credit_chain  # noqa: E402
 from lit_rlvr.data import RLVRDataModule  # noqa: E402
 from lit_rlvr.engines import Engine  # noqa: E402
@@ -40,6 +41,7 @@ from lit_rlvr.explain import explain  # noqa: E402
 from lit_rlvr.facts import Cluster  # noqa: E402
 from lit_rlvr.gae import GAE as GAE  # noqa: E402  # imported so that YAML may use its short name
 from lit_rlvr.losses import PolicyLoss  # noqa: E402
+from lit_rlvr.models import resolve_model  # noqa: E402
 from lit_rlvr.module import RLVRModule  # noqa: E402
 from lit_rlvr.nulls import nulls  # noqa: E402
 from lit_rlvr.preemption import Preemption  # noqa: E402
@@ -50,6 +52,7 @@ from lit_rlvr.rollout_pages import RolloutPages  # noqa: E402
 from lit_rlvr.saving import SavePolicy  # noqa: E402
 from lit_rlvr.tasks import Task  # noqa: E402
 from lit_rlvr.tracking import MLflow, RunRecord, SaveConfig  # noqa: E402
+from lit_rlvr.trainer import RLVRTrainer  # noqa: E402
 from lit_rlvr.warmup import Warmup  # noqa: E402
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -115,26 +118,6 @@ OWN_COMMANDS = ("explain", "doctor", "warmup")
 """Commands beside Lightning's."""
 
 
-class RLVRTrainer(pl.Trainer):
-    """Lightning's Trainer with the commands that it lacks."""
-
-    def explain(self, model: RLVRModule, datamodule: RLVRDataModule, cluster: str | None = None) -> None:
-        """Print what a run would do: steps, tokens, algorithm, credit chain and memory; no weights are loaded.
-
-        Args:
-            model: The module.
-            datamodule: The data module.
-            cluster: Estimate the time of a phase on machines like 8x8xH100 (nodes, devices of each, kind), with a
-                sharded strategy, from stated ceilings; null: no estimate.
-        """
-
-    def doctor(self, model: RLVRModule, datamodule: RLVRDataModule) -> None:
-        """Check machine, configuration, model, task and verifier in seconds; no weights are loaded."""
-
-    def warmup(self, model: RLVRModule, datamodule: RLVRDataModule) -> None:
-        """Warm-start the policy on the task's demonstrations and print the folder that holds it."""
-
-
 class CLI(LightningCLI):
     """``fit``, ``validate``, ``test``, ``explain``, ``doctor`` and ``warmup``."""
 
@@ -172,6 +155,11 @@ class CLI(LightningCLI):
                 raise ValueError(f"threads must be at least 1, got {threads}; leave it null for torch's choice")
             torch.set_num_threads(threads)
 
+    def instantiate_classes(self) -> None:
+        if self.subcommand == "explain":
+            self.config.explain.trainer.logger = False  # making one opens its database
+        super().instantiate_classes()
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> pl.Trainer:
         check_trainer_options(config, found_here=self.subcommand not in ("explain", "doctor"))
         if self.subcommand in ("explain", "doctor"):  # the machine that explains a run need not be the one that runs it
@@ -199,6 +187,7 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         credit_chain(all_callbacks(self.trainer))  # refuses a bad list before anything is trained
+        self._reach_model()
         path = self._get(self.config, "ckpt_path")
         if path is not None:
             if not Path(path).exists():
@@ -206,6 +195,15 @@ class CLI(LightningCLI):
             check_resumable(Path(path), self.trainer.strategy)
         if (folder := self._warm_start()) is not None:
             self.model.start_from(folder)
+
+    def before_validate(self) -> None:
+        self._reach_model()
+
+    def before_test(self) -> None:
+        self._reach_model()
+
+    def _reach_model(self) -> None:
+        reach(resolve_model(self.model.model))
 
     def explain(self, cluster: str | None = None, **_: Any) -> None:
         """The ``explain`` command."""
@@ -261,17 +259,18 @@ def load_callbacks() -> None:
         point.load()
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str], command_line: type[CLI] = CLI) -> int:
     """Run a command; user errors become one sentence. ``LIT_RLVR_DEBUG=1`` shows the traceback instead."""
     quiet_libraries()  # once more: Lightning sets its own log levels on import
     sys.path.insert(0, os.getcwd())  # modules in the current folder can be imported, also by verifier processes
     load_callbacks()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     keep_comments_as_text()
+    replace_whole_lists()
     usage = {name: {"parser_mode": MODE, "usage": f"lit-rlvr {name} [options]"} for name in CLI.subcommands()}
     sys.argv = [sys.argv[0], *arguments]  # what Lightning's launchers start other ranks with
     try:
-        CLI(
+        command_line(
             RLVRModule,
             RLVRDataModule,
             save_config_callback=SaveConfig,

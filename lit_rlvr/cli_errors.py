@@ -21,9 +21,11 @@ CHATTER = re.compile(
 """Lines of the parser's that tell a user nothing."""
 TENSOR = re.compile(r"(Subtypes: \[<class 'float'>), <class 'torch\.Tensor'>(\]\n.*\n.*\n)\s*- Expected a dot .*\n")
 """Learning rates may be tensors, which nobody writes into a file."""
+BASE = re.compile(r"(Problem with given class_path [\s\S]*?)^ *- Problem with .* 'lightning\.Callback':\n.*\n", re.M)
+"""The base class of callbacks, which is tried after the class that was meant."""
 WORDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null",
-    "list": "a list", "dict": "options by name", "collections.abc.Mapping": "options by name",
+    "list": "a list", "tuple": "a list", "dict": "options by name", "collections.abc.Mapping": "options by name",
 }  # fmt: skip
 
 
@@ -35,7 +37,7 @@ def clear(message: str, keys: list[str], classes: list[str]) -> str:
         keys: Every option of the command, dotted.
         classes: Every class that YAML may name.
     """
-    message = TENSOR.sub(r"\1\2", CHATTER.sub("", message))
+    message = BASE.sub(r"\1", TENSOR.sub(r"\1\2", CHATTER.sub("", message)))
     for rule in RULES:
         if sentence := rule(message, keys, classes):
             return sentence
@@ -46,6 +48,11 @@ def clear(message: str, keys: list[str], classes: list[str]) -> str:
 def _key(message: str) -> str:
     found = re.search(r'Parser key "([^"]+)"', message)
     return found.group(1) if found else "the configuration"
+
+
+def _path(message: str) -> str:
+    """The option that ``message`` is about, with those that it is within."""
+    return ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message))) or "the configuration"
 
 
 def _missing(message: str, keys: list[str], classes: list[str]) -> str | None:
@@ -85,6 +92,8 @@ def _option(message: str, keys: list[str], classes: list[str]) -> str | None:
     option, dashes = found.group(1) or found.group(3), found.group(2)
     if dashes in ("", "-"):
         hint = did_you_mean(f"--{option}", (f"--{key}" for key in keys)) or "; options begin with --"
+        if not dashes and Path(option).is_file():
+            return f"{option} is a file; configuration files are named behind --config"
         return f"{dashes}{option} is no option{hint}"
     return f"there is no option {option!r}{near_option(option, keys)}"
 
@@ -119,8 +128,6 @@ def _class_option(message: str, keys: list[str], classes: list[str]) -> str | No
     found += [(path, option) for option, path in re.findall(called, message)]
     for path, option in found:
         if path.rpartition(".")[2] == "Callback":
-            if len(found) > 1:
-                continue  # the base class is tried after the class that was meant
             return f"{_key(message)}: {option.split('.')[0]!r} is no option; write {ENTRY}"
         module, _, name = path.rpartition(".")
         known = [p for p in inspect.signature(getattr(import_module(module), name)).parameters if p != "self"]
@@ -159,30 +166,31 @@ def _choice(message: str, keys: list[str], classes: list[str]) -> str | None:
     if not found:
         return None
     choices = re.findall(r"'([^']+)'", found.group(1))
-    inner = re.findall(r'Parser key "([^"]+)"', message)
-    name = ".".join(dict.fromkeys(inner))
     hint = did_you_mean(found.group(2), choices)
-    return f"{name} must be one of {', '.join(choices)}, got {found.group(2)!r}{hint}"
+    return f"{_path(message)} must be one of {', '.join(choices)}, got {found.group(2)!r}{hint}"
 
 
 def _schedule(message: str, keys: list[str], classes: list[str]) -> str | None:
     found = re.search(r"Expected a dot import path string: (\S+)", message)
     if not found or "[<class 'lit_rlvr.schedule.Schedule'>, <class 'float'>" not in message:
         return None
-    names = dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message))
-    return f"{'.'.join(names)} must be a number or a schedule, got {found.group(1)!r}"
+    return f"{_path(message)} must be a number or a schedule, got {found.group(1)!r}"
 
 
 def _class(message: str, keys: list[str], classes: list[str]) -> str | None:
     key = _key(message)
     if found := re.search(r'Parser key "[^"]+":\s+(?:- )?Not a valid subclass of (\w+)\. Got value: (.*)', message):
-        return f"{key} must be a class of the kind {found.group(1)}, got {_quoted(found.group(2))}"
+        return f"{_path(message)} must be a class of the kind {found.group(1)}, got {_quoted(found.group(2))}"
     if re.search(r"Expected an import path or a subclass spec, but got None", message):
         return f"{key} cannot be null; leave it out for the default"
+    if found := re.search(r"Expected an import path or a subclass spec, but got (.*)", message):
+        return f"{key} must be {ENTRY}, got {found.group(1)}"
+    if (found := re.search(r"Given value: (\{.*)", message)) and "is abstract" in message:
+        return f"{key}: whose options are {found.group(1)}? Write {{class_path: NAME, init_args: {{...}}}}"
     if found := re.search(r"Expected '([^']+)' to be a subclass of <class '([^']+)'>", message):
         return f"{key}: {found.group(1)} is no {found.group(2).rpartition('.')[2]}"
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
-        name = found.group(1)
+        name, key = found.group(1), _path(message[: found.start()])
         if name in classes:
             return f"{key}: {name} is a class of another kind than what goes there"
         hint = did_you_mean(name, classes) or "; name a built-in class, or a class_path like my_module.MyClass"
@@ -202,9 +210,10 @@ def _type(message: str, keys: list[str], classes: list[str]) -> str | None:
     )
     if not found:
         return None
-    names = [name for name, *_ in re.findall(r'Parser key "([^"]+)"()', message)]
     _, kind, other, value = found[-1]
-    return f"{'.'.join(dict.fromkeys(names))} must be {WORDS.get(kind or other, kind or other)}, got {_quoted(value)}"
+    named: str = kind or other
+    expected = WORDS.get(named, named).replace("tuple with", "a list with")
+    return f"{_path(message)} must be {expected}, got {_quoted(value)}"
 
 
 def _quoted(value: str) -> str:
@@ -240,8 +249,7 @@ def _file(message: str, keys: list[str], classes: list[str]) -> str | None:
     if found := re.search(r"Path is not a file: '(.+)'", message):
         return f"{found.group(1)} is a folder, expected a configuration file"
     if found := re.search(r"Not of type \w+: expected (.+), got (.+)", message):
-        names = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
-        return f"{names} must be {found.group(1)}, got {found.group(2)}"
+        return f"{_path(message)} must be {found.group(1)}, got {found.group(2)}"
     if not (
         found := re.search(r"(?:File does not exist|not accessible|does not exist): '?([^'\n]+?)'?$", message, re.M)
     ):

@@ -83,6 +83,8 @@ def phase_lines(module: Any, facts: Facts, asked: dict[str, Any]) -> list[str]:
         lines.append(f"max_steps {most} = {phases} phases, {phases * rows:,} rollouts{passes}")
         if most % steps:
             lines.append(f"max_steps is no multiple of {steps}: the last phase's rollouts are not all used")
+    else:
+        lines.append(f"max_steps is not set: the run ends {end_without_steps(asked)}")
     if module.scheduler is not None:
         lines.append(scheduler_line(module, steps))
     context = getattr(facts.config.get_text_config(), "max_position_embeddings", None)
@@ -95,6 +97,19 @@ def phase_lines(module: Any, facts: Facts, asked: dict[str, Any]) -> list[str]:
             f"rollouts where none is, 2x where every other one is, {most_rounds}x = {most_rounds * rows:,} at the most"
         )
     return lines
+
+
+def end_without_steps(asked: dict[str, Any]) -> str:
+    """When Lightning ends a run that has no number of steps.
+
+    >>> end_without_steps({}), end_without_steps({"max_time": "00:08:00:00"})
+    ('after 1,000 passes over the problems', 'after max_time, 00:08:00:00')
+    """
+    epochs, time = asked.get("max_epochs"), asked.get("max_time")
+    if time is not None and (epochs or -1) < 0:
+        return f"after max_time, {time}"
+    epochs = 1000 if epochs is None else epochs  # Lightning's default
+    return "when it is stopped" if epochs < 0 else f"after {epochs:,} passes over the problems"
 
 
 def scheduler_line(module: Any, steps: int) -> str:
@@ -270,13 +285,21 @@ def work_of(module: Any, chain: list[CreditCallback], cluster: Cluster, facts: F
     )
 
 
+PARTS = {
+    "reference": "reference model", "optimizer": "optimizer state", "cache": "key-value cache",
+    "gathered": "gathered weights, while sampling", "critic_step": "critic's gradients and activations",
+}  # fmt: skip
+"""Parts of the memory whose own name says too little."""
+
+
 def memory_table(memory: Memory) -> Table:
-    """The estimate as a table."""
+    """The estimate as a table, without what takes nothing."""
     table = Table(box=None, show_header=False, pad_edge=True)
     table.add_column()
     table.add_column(justify="right")
     for f in fields(memory):
-        table.add_row(f.name, readable(getattr(memory, f.name)))
+        if size := getattr(memory, f.name):
+            table.add_row(PARTS.get(f.name, f.name), readable(size))
     table.add_row("peak of an optimiser step", readable(memory.training), style="bold")
     table.add_row("peak of a rollout", readable(memory.rollout), style="bold")
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="lit-rlvr export",
         description="Write the policy of a checkpoint as a Hugging Face folder; adapters are merged into it.",
+        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint: one file, or a folder of shards")
     parser.add_argument("out", type=Path, help="the folder to write")
@@ -81,11 +83,13 @@ def read(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if (checkpoint / METADATA).is_file():
         everything = torch.load(checkpoint / METADATA, weights_only=True)
         weights = read_shards(checkpoint)
-    elif checkpoint.is_file():
+    elif zipfile.is_zipfile(checkpoint):
         everything = torch.load(checkpoint, mmap=True, map_location="cpu", weights_only=True)
         weights = everything.get("state_dict", {})
-    else:
+    elif checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is a folder, but holds no shards of a checkpoint")
+    else:
+        raise ValueError(f"{checkpoint} is no checkpoint of a run, or is cut short")
     weights = {name.removeprefix(POLICY): value for name, value in weights.items() if name.startswith(POLICY)}
     if not weights:
         raise ValueError(f"{checkpoint} holds no policy")

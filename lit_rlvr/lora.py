@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lit_rlvr.near import did_you_mean
+
 ADAPTER = "adapter_config.json"
+ALL = "all-linear"
 NEEDED = "model.lora needs the package peft: pip install 'lit-rlvr[lora]'"
 
 
@@ -36,12 +39,17 @@ class LoRA:
 
     r: int = 8
     alpha: int = 16
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | list[str] = ALL
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha <= 0 or not self.target_modules:
             raise ValueError(f"lora needs r and alpha above 0 and some target_modules, got {self}")
+        if isinstance(self.target_modules, str) and self.target_modules != ALL:
+            raise ValueError(
+                f"lora.target_modules must be {ALL} or a list of names, as in [q_proj, v_proj], got "
+                f"{self.target_modules!r}"
+            )
 
 
 def add_adapters(hf: PreTrainedModel, lora: LoRA) -> None:
@@ -54,7 +62,7 @@ def add_adapters(hf: PreTrainedModel, lora: LoRA) -> None:
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError(NEEDED) from error
-    refuse_head(hf, lora)
+    check_targets(hf, lora)
     config = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
@@ -72,11 +80,11 @@ def adapter_parameters(config: Any, lora: LoRA) -> int:
     """How many parameters the adapters of a model of this Hugging Face configuration have.
 
     Raises:
-        ValueError: When the head or an embedding is named.
+        ValueError: When a layer does not exist, or the head or an embedding is named.
     """
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(config)
-    refuse_head(hf, lora)
+    check_targets(hf, lora)
     head, chosen = hf.get_output_embeddings(), lora.target_modules
     every = [(name, layer) for name, layer in hf.named_modules() if isinstance(layer, nn.Linear) and layer is not head]
     if not isinstance(chosen, str):
@@ -84,22 +92,28 @@ def adapter_parameters(config: Any, lora: LoRA) -> int:
     return sum(lora.r * (layer.in_features + layer.out_features) for _, layer in every)
 
 
-def refuse_head(hf: PreTrainedModel, lora: LoRA) -> None:
+def check_targets(hf: PreTrainedModel, lora: LoRA) -> None:
     """Refuse adapters on the head, whose gradient is taken without them, and on embeddings, which may be tied to it.
 
     Raises:
-        ValueError: With the layer's name.
+        ValueError: With the layer's name, or a name that no layer has.
     """
     if isinstance(lora.target_modules, str):
-        return  # peft itself leaves the head out of all-linear; any other word is no layer
+        return  # peft itself leaves the head out of all-linear
     ends = {id(hf.get_output_embeddings()): "head", id(hf.get_input_embeddings()): "embedding"}
+    found = set[str]()
     for name, module in hf.named_modules():
-        named = any(name == target or name.endswith(f".{target}") for target in lora.target_modules)
+        named = {target for target in lora.target_modules if name == target or name.endswith(f".{target}")}
+        found |= named
         if named and id(module) in ends:
             raise ValueError(
                 f"lora.target_modules names {name}, the {ends[id(module)]} of {type(hf).__name__}: only layers between "
                 "embedding and head can have adapters"
             )
+    if unknown := [target for target in lora.target_modules if target not in found]:
+        names = sorted({n.rpartition(".")[2] for n, layer in hf.named_modules() if isinstance(layer, nn.Linear)})
+        hint = did_you_mean(unknown[0], names) or f"; it has {', '.join(names)}"
+        raise ValueError(f"lora.target_modules: {type(hf).__name__} has no layer {unknown[0]!r}{hint}")
 
 
 def tuned_layers(module: nn.Module) -> list[Any]:

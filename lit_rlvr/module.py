@@ -12,10 +12,8 @@ with both sums over a whole mini-batch and all ranks. :meth:`RLVRModule.training
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import AutoTokenizer
 
 from lit_rlvr.advantages import Advantage, GroupNormalized
 from lit_rlvr.aggregation import Aggregation, TokenMean
@@ -33,31 +30,29 @@ from lit_rlvr.checkpoint import Hyperparameters, configured_again, hyperparamete
 from lit_rlvr.checks import check_algorithm, check_chain, check_trainer
 from lit_rlvr.collect import Collector
 from lit_rlvr.credit import CreditCallback, CreditContext, all_callbacks, credit_chain, describe_chain, penalises
-from lit_rlvr.critic import Critic, ValueModel, value_losses
+from lit_rlvr.critic import Critic, value_losses
 from lit_rlvr.data import RLVRDataModule, Ticket
 from lit_rlvr.engines import Engine, InProcessEngine, Sampling
-from lit_rlvr.evaluate import EvaluationSteps
 from lit_rlvr.kl import KLPenalty
 from lit_rlvr.learning import backward_but_last, policy_losses
-from lit_rlvr.lora import LoRA, WithoutAdapters
+from lit_rlvr.lora import LoRA
 from lit_rlvr.losses import ClippedSurrogate, PolicyLoss
 from lit_rlvr.meter import Meter
 from lit_rlvr.minibatch import MiniBatch
-from lit_rlvr.models import resolve_model, save_model
-from lit_rlvr.optimizing import clip_apart, gradient_norms, parameter_groups
+from lit_rlvr.optimizing import clip_apart, gradient_norms, parameter_groups, said_about
 from lit_rlvr.phase import Phase, run_phase
-from lit_rlvr.policy import Policy, load_policy
+from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import Reduce, default_reduce
 from lit_rlvr.refine import of_mini_batch
+from lit_rlvr.run_models import RunModels
 from lit_rlvr.scoring import autocast_of
 from lit_rlvr.settings import Batch, Evaluation
 from lit_rlvr.shaping import DynamicSampling, OverlongPenalty
-from lit_rlvr.sharding import open_model, whole_weights
 
 log = logging.getLogger(__name__)
 
 
-class RLVRModule(EvaluationSteps):
+class RLVRModule(RunModels):
     """Policy, reference and algorithm.
 
     Args:
@@ -88,9 +83,6 @@ class RLVRModule(EvaluationSteps):
     Raises:
         ValueError: When options do not go together.
     """
-
-    reference: Any
-    """The frozen reference model. Outside of the module tree, so that it is neither trained, nor wrapped, nor saved."""
 
     def __init__(
         self,
@@ -217,11 +209,6 @@ class RLVRModule(EvaluationSteps):
         return default_reduce(self.device)
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """The policy's tokenizer."""
-        return AutoTokenizer.from_pretrained(resolve_model(self.model))
-
-    @cached_property
     def collector(self) -> Collector:
         """Samples and verifies the groups of a phase."""
         verifier = self.data.verifier
@@ -241,10 +228,6 @@ class RLVRModule(EvaluationSteps):
             raise ValueError("RLVRModule needs an RLVRDataModule: trainer.fit(module, datamodule=RLVRDataModule(task))")
         return data
 
-    def start_from(self, folder: str | Path) -> None:
-        """Train the model in ``folder``, a warm start of ``model``, instead of ``model`` itself."""
-        self.base, self.model = self.model, str(folder)
-
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_trainer(self, self.trainer)
@@ -260,36 +243,11 @@ class RLVRModule(EvaluationSteps):
     def teardown(self, stage: str) -> None:
         self.engine.close()
 
-    def configure_model(self) -> None:
-        if self.policy is not None:
-            return
-        options: dict[str, Any] = {"gradient_checkpointing": self.gradient_checkpointing, "lora": self.lora}
-        self.policy = self.open_policy(self.model, **options)
-        if self.kl is not None and self.lora is not None and self.reference_path is None:
-            object.__setattr__(self, "reference", WithoutAdapters(self.policy))
-        elif self.kl is not None:
-            reference = self.open_policy(self.reference_path or self.model)
-            object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
-        if self.critic_settings is not None:
-            start = self.critic_settings.model or self.model
-            self.critic = self.open_policy(start, ValueModel, gradient_checkpointing=self.gradient_checkpointing)
-
-    def open_policy(self, model: str, load: Callable[..., Any] = load_policy, **options: Any) -> Any:
-        """Load a policy or critic in the way of this run's strategy, whole or spread over the devices.
-
-        Every rank calls it.
-        """
-        strategy = None if self._trainer is None else self.trainer.strategy
-        options["layout"] = self.batch.layout
-        return open_model(load, resolve_model(model), self.dtype_name, strategy, **options)
-
-    def place(self, policy: Any) -> Any:
-        """Move a policy that Lightning does not know to this rank's device; a sharded one is there."""
-        return policy.to(self.device) if self.device_mesh is None and isinstance(policy, Policy) else policy
-
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(parameter_groups(self.policy, self.critic, self.critic_settings))
-        schedule = {} if self.scheduler is None else {"scheduler": self.scheduler(optimizer), "interval": "step"}
+        with said_about("model.optimizer"):
+            optimizer = self.optimizer(parameter_groups(self.policy, self.critic, self.critic_settings))
+        with said_about("model.scheduler"):
+            schedule = {} if self.scheduler is None else {"scheduler": self.scheduler(optimizer), "interval": "step"}
         self._configured = hyperparameters(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": schedule} if schedule else optimizer
 
@@ -334,17 +292,3 @@ class RLVRModule(EvaluationSteps):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped_steps = checkpoint["skipped_steps"]
-
-    def save_policy(self, folder: str | Path) -> Path:
-        """Write policy and tokenizer as a Hugging Face folder for ``from_pretrained``; every rank calls it.
-
-        With ``lora`` the folder holds the adapters alone, and the name of the model that they belong to.
-        """
-        path = Path(folder)
-        whole = whole_weights(self.policy, trained_only=self.lora is not None)
-        weights = {name.removeprefix("hf."): value for name, value in whole.items()}
-        if self.trainer.is_global_zero:
-            wrapped = isinstance(self.policy, FullyShardedDataParallel)  # and so are its layers
-            shell = load_policy(resolve_model(self.model), self.dtype_name, empty=True) if wrapped else self.policy
-            save_model(shell.hf, self.tokenizer, path, weights)
-        return path

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,15 @@ from lit_rlvr.critic import Critic
 from lit_rlvr.reduce import Reduce
 
 NAMES = ("grad_norm", "critic_grad_norm")
+
+
+@contextmanager
+def said_about(option: str) -> Iterator[None]:
+    """Name ``option`` in what its class says of arguments that it refuses."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def parameter_groups(policy: nn.Module, critic: nn.Module | None, settings: Critic | None) -> list[Any]:

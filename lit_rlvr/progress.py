@@ -103,7 +103,7 @@ class RLVRProgress(ProgressBar):
             self._live.update(self._render())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.quiet or not trainer.is_global_zero or trainer.sanity_checking:
+        if self._bar is None or trainer.sanity_checking:  # quiet, another rank, or the command that prints a table
             return
         values = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/") and "_at_" in n}
         if values:

@@ -15,13 +15,13 @@ from rich.table import Table
 from lit_rlvr.credit import all_callbacks
 from lit_rlvr.saving import SavePolicy
 from lit_rlvr.terminal import console
-from lit_rlvr.tracking import MLflow
+from lit_rlvr.tracking import MLflow, mlflow_loggers
 
 
 class Report(Callback):
     """Evaluates before and after training, prints both as a table and says where everything lies.
 
-    Also writes ``report.json`` into the trainer's ``default_root_dir``.
+    Also writes ``report.json`` into the trainer's ``default_root_dir``, and stores it in MLflow.
     """
 
     def __init__(self) -> None:
@@ -37,6 +37,8 @@ class Report(Callback):
             pl_module.policy = policy
             pl_module.engine.setup()  # an engine's copy of the weights is of another policy after as many steps
         before = "before training" if pl_module.base is None else "after warm start"
+        if trainer.global_step > 0:
+            before = f"resumed at step {trainer.global_step}"
         self.rows[before] = pl_module.evaluator.run(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -49,9 +51,13 @@ class Report(Callback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"seed": pl_module.seed, "seconds": seconds, "steps": trainer.global_step, "evaluations": self.rows}
-        (folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(facts, indent=2) + "\n"
+        (folder / "report.json").write_text(text, encoding="utf-8")
+        for logger in mlflow_loggers(trainer):
+            logger.log_text(text, "report.json")
         console().print(closing_table(self.rows))
-        console().print(f"seed {pl_module.seed}, {trainer.global_step} optimiser steps, {seconds:.0f} s")
+        steps = f"{trainer.global_step} optimiser step{'' if trainer.global_step == 1 else 's'}"
+        console().print(f"seed {pl_module.seed}, {steps}, {seconds:.0f} s")
         found = places(trainer)
         for name, place in found.items():
             console().print(f"  {name:<16} {place}", markup=False)

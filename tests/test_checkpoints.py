@@ -107,11 +107,13 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "empty.ckpt")
     torch.save({"state_dict": {"policy.hf.a": torch.zeros(1)}}, tmp_path / "old.ckpt")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "config.yaml").write_text("model: {seed: 1}")
     sentences = {
         "missing.ckpt": "there is no checkpoint missing.ckpt",
         "empty.ckpt": "empty.ckpt holds no policy",
         "old.ckpt": "old.ckpt does not say what model it was trained from; give --model",
         "folder": "folder is a folder, but holds no shards of a checkpoint",
+        "config.yaml": "config.yaml is no checkpoint of a run, or is cut short",
     }
     for name, sentence in sentences.items():
         outcome = cli(tmp_path, "export", name, "out")

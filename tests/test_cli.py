@@ -75,6 +75,61 @@ def test_three_ways_of_adding_a_callback_are_one(shaped: dict[str, Path]) -> Non
         assert same_weights(saved_weights(other / "policy"), saved_weights(first / "policy"))
 
 
+def printed(folder: Path, *options: str) -> Any:
+    """The configuration that options on top of the quickstart make."""
+    return yaml.safe_load(succeed(folder, "fit", *QUICKSTART, *options, "--print_config").out)
+
+
+BOTTOM = [{"class_path": "StageDetector"}, {"class_path": "EntropyTopK", "init_args": {"select": "bottom"}}]
+
+
+@pytest.mark.parametrize("way", ["file", "option"])
+def test_a_list_replaces_the_one_before_it(way: str, tmp_path: Path) -> None:
+    """An entry does not inherit from the one of its class in its place: the quickstart has a window of 10 and a rho."""
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": BOTTOM}}))
+    options = {"file": ("--config", "mine.yaml"), "option": (f"--trainer.callbacks={json.dumps(BOTTOM)}",)}[way]
+    detector, chosen = printed(tmp_path, *options)["trainer"]["callbacks"]
+    assert (detector["init_args"]["window"], chosen["init_args"]["rho"], chosen["init_args"]["select"]) == (
+        5, None, "bottom"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["file", "option"])
+def test_evaluations_replace_those_before_them(way: str, tmp_path: Path) -> None:
+    """All of them, and as wholes; a single option still changes one."""
+    given = {"greedy": {"samples": 2}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"model": {"evaluations": given}}))
+    options = {"file": ("--config", "mine.yaml"), "option": (f"--model.evaluations={json.dumps(given)}",)}[way]
+    (evaluation,) = printed(tmp_path, *options)["model"]["evaluations"].values()
+    assert (evaluation["samples"], evaluation["temperature"]) == (2, 1.0)
+
+
+def test_a_single_option_changes_what_a_file_said(tmp_path: Path) -> None:
+    options = ("--model.evaluations.greedy.max_new_tokens=9", "--trainer.callbacks.rho=0.4")
+    found = printed(tmp_path, *options)
+    assert list(found["model"]["evaluations"]) == ["sampled", "greedy"]
+    assert found["model"]["evaluations"]["greedy"]["temperature"] == 0.0
+    assert found["model"]["evaluations"]["greedy"]["max_new_tokens"] == 9
+    assert found["trainer"]["callbacks"][0]["init_args"]["window"] == 10
+    assert found["trainer"]["callbacks"][1]["init_args"]["rho"] == 0.4
+
+
+def test_a_model_out_of_reach_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with a slip of the pen looks like a name of the hub."""
+
+    def unreachable(name: str, **_: Any) -> None:
+        raise OSError(f"no network, so no {name}")
+
+    monkeypatch.setattr("huggingface_hub.model_info", unreachable)
+    for command in ("fit", "validate", "test"):
+        outcome = cli(tmp_path, command, *QUICKSTART, UNTRACKED, "--model.model=runs/policyy")
+        assert outcome.code == 2
+        assert outcome.err == (
+            "lit-rlvr: error: there is no folder runs/policyy, it is not in the hub's cache on this machine, and the "
+            "hub does not give it: no network, so no runs/policyy\n"
+        )
+
+
 def module_in_code() -> RLVRModule:
     """What the tiny run of the command line is made of."""
     return RLVRModule(

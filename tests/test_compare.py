@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import CONFIGS, Outcome, cli, succeed
+from command_line import CONFIGS, Outcome, cli, succeed, untouched_process
 from mlflow import MlflowClient
 from test_configs import holds
 
+from lit_rlvr.compare import check, refused
 from lit_rlvr.compare.command import main, workers_of
 from lit_rlvr.compare.pool import locked
 from lit_rlvr.compare.runs import Run, arm_arguments, runs_of
@@ -114,7 +115,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "an arm that is no mapping": ({"arms": {"low": ["x"]}}, "arm low must be a mapping with some of config, set"),
     "a name that YAML reads as false": (
         {"arms": {"low": {}, False: {}}},
-        "must be a text, got False; put it in quotes",
+        "line 8: a name must be a text, got 'false'; put it in quotes",
     ),
     "a name that is no folder": ({"arms": {"low": {}, "a/b": {}}}, "letters, digits and ._- only, got 'a/b'"),
     "a file that is not there": ({"config": ["c.yml"]}, "there is no file 'c.yml'; did you mean c.yaml?"),
@@ -152,7 +153,7 @@ def test_a_mistake_is_one_sentence(case: str, write: Write) -> None:
     ("options", "sentence"),
     [
         (("--worker=2",), "there is no option '--worker=2'; did you mean --workers?"),
-        (("--workers=many",), "argument --workers: invalid int value: 'many'"),
+        (("--workers=many",), "argument --workers: expected a whole number, got 'many'"),
         (("--arms=low,hihg",), "arms: there is no arm 'hihg'; did you mean high?"),
         (("--arms=high",), "the baseline 'low' must be among the arms"),
         (("--seeds=0,0",), "seeds must be different whole numbers"),
@@ -171,6 +172,53 @@ def test_a_missing_or_broken_file(write: Write) -> None:
     assert "there is no file 'c.yaml'; did you mean d.yaml?" in compare().err
     Path("c.yaml").write_text("a: [1")
     assert "c.yaml is not valid YAML" in compare().err
+
+
+def test_a_name_that_stands_twice_is_refused(write: Write) -> None:
+    """The second arm would take the place of the first."""
+    write()
+    Path("c.yaml").write_text("baseline: low\narms:\n  low: {}\n  low: {set: {model.seed: 1}}\n")
+    assert "c.yaml, line 4: arms.low stands there a second time; join the two" in compare().err
+    assert began() == []
+
+
+def test_arms_are_checked_by_what_fit_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names, values and what goes together; an arm that could begin is not mentioned, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    quickstart = ["--config", str(CONFIGS / "quickstart.yaml"), "--warmup=null"]
+    arms = {
+        "good": [], "name": ["--model.bach.prompts=3"], "value": ["--model.batch.prompts=3"],
+        "together": ["--model.batch.micro_rows=4"],
+    }  # fmt: skip
+    monkeypatch.setattr("sys.stdin", StringIO(json.dumps({arm: quickstart + more for arm, more in arms.items()})))
+    printed = StringIO()
+    with untouched_process(), redirect_stdout(printed):
+        refused.main()
+    assert json.loads(printed.getvalue()) == {
+        "name": "there is no option 'model.bach.prompts'; did you mean model.batch.prompts?",
+        "value": "batch.prompts=3 must be a multiple of batch.minibatch_prompts=16",
+        "together": "batch.micro_rows is for callbacks that decide per micro-batch, and there is none; leave it null",
+    }
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [(), ("--dry_run",)])
+def test_a_broken_arm_is_named_before_any_run_begins(
+    options: tuple[str, ...], write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answered(command: list[str], *, input: str, **_: Any) -> Any:
+        assert command[1:] == ["-m", "lit_rlvr.compare.refused"]
+        assert {name: words[0] for name, words in json.loads(input).items()} == {
+            "low": "--threads=1",
+            "high": "--fake.level=0.7",
+        }
+        return subprocess.CompletedProcess(command, 0, json.dumps({"high": "there is no option 'fake.level'"}), "")
+
+    write()
+    monkeypatch.setattr(check.subprocess, "run", answered)
+    assert main(["--config", "c.yaml", *options]) == 2
+    assert capsys.readouterr().err == ("checking 2 arms\nlit-rlvr: error: arm high: there is no option 'fake.level'\n")
+    assert [path.name for path in Path().iterdir()] == ["c.yaml"]
 
 
 # -- running -----------------------------------------------------------------------------------------------------------

@@ -47,6 +47,37 @@ IN_YAML: dict[str, tuple[str, str]] = {
     "interpolation": ("model: {seed: '${model.sede}'}", "model.seed: ${model.sede} stands for nothing; did you mean"),
     "not YAML": ("model: [", "mine.yaml is not valid YAML, near line"),
     "not a number": ("model: {batch: {prompts: eight}}", "model.batch.prompts must be a whole number, got 'eight'"),
+    "number of a pair": (
+        "model: {optimizer: {class_path: AdamW, init_args: {betas: 3}}}",
+        "model.optimizer.betas must be a list, got '3'",
+    ),
+    "half a pair": (
+        "model: {optimizer: {class_path: AdamW, init_args: {betas: [0.9]}}}",
+        "model.optimizer.betas must be a list with 2 elements, got [0.9]",
+    ),
+    "no range": (
+        "model: {optimizer: {class_path: AdamW, init_args: {betas: [0.9, 1.5]}}}",
+        "model.optimizer: Invalid beta parameter at index 1: 1.5",
+    ),
+    "list of a scheduler": ("model: {scheduler: [a]}", "model.scheduler must be a class's name, or {class_path: NAME"),
+    "layers of adapters": (
+        "model: {lora: {target_modules: [q_prj]}}",
+        "lora.target_modules: Qwen3ForCausalLM has no layer 'q_prj'; did you mean q_proj?",
+    ),
+    "layer of adapters": (
+        "model: {lora: {target_modules: q_proj}}",
+        "lora.target_modules must be all-linear or a list of names, as in [q_proj, v_proj], got 'q_proj'",
+    ),
+    "options without a class": (
+        "data: {task: {seed: 3}}",
+        "data.task: whose options are {'seed': 3}? Write {class_path: NAME, init_args: {...}}",
+    ),
+    "reward class": (
+        "data: {task: {class_path: ProblemFiles, init_args: {train: x.jsonl, rewards: {a: ExactMach}}}}",
+        "data.task.rewards: there is no class 'ExactMach'; did you mean ExactMatch?",
+    ),
+    "number as a name": ("seed_everything: 1\nmodel: {1: 3}", "mine.yaml, line 2: a name must be a text, got '1'"),
+    "tag": ("model: {seed: !!python/object:os.system 3}", "line 1: model.seed has the tag !!python/object:os.system"),
     "choice": ("model: {kl: {estimator: k4}}", "model.kl.estimator must be one of k1, k2, k3, got 'k4'"),
     "rho": (
         "trainer: {callbacks: [{class_path: EntropyTopK, init_args: {rho: 1.5}}]}",
@@ -197,6 +228,25 @@ ON_THE_COMMAND_LINE: dict[str, tuple[list[str], str]] = {
     "callback": (["fit", "--config", QUICKSTART, "--trainer.callbacks+=EntropyTopk"], "did you mean EntropyTopK?"),
     "checkpoint": (["fit", "--config", QUICKSTART, "--ckpt_path=lost.ckpt"], "there is no file 'lost.ckpt'"),
     "no checkpoint": (["fit", "--config", QUICKSTART, f"--ckpt_path={QUICKSTART}"], "is no checkpoint of a run"),
+    "no demonstrations": (
+        ["warmup", "--config", QUICKSTART, "--data.task=reasoning_gym:chain_sum"],
+        "ReasoningGym has no demonstrations, so it cannot be used for a warm start; --warmup=null does without",
+    ),
+    "file without --config": (["fit", "quickstart.yaml"], "quickstart.yaml is a file; configuration files are named"),
+    "number of a callback": (
+        [*RUN, "--trainer.callbacks+=PositionShaping", "--trainer.callbacks.gamma=abc"],
+        "trainer.callbacks.gamma must be a number or a schedule, got 'abc'",
+    ),
+    "choice of a callback": (
+        [*RUN, "--trainer.callbacks+=EntropyTopK", "--trainer.callbacks.select=botom"],
+        "trainer.callbacks.select must be one of top, bottom, band, random, got 'botom'; did you mean bottom?",
+    ),
+    "schedule of a callback": (
+        [*RUN, "--trainer.callbacks=EntropyTopK", "--trainer.callbacks.rho={kind: linar, start: 1, end: 0, phases: 9}"],
+        "trainer.callbacks.rho.kind must be one of linear, cosine, got 'linar'; did you mean linear?",
+    ),
+    "no steps": ([*RUN, "--trainer.max_steps=0"], "trainer.max_steps must be at least 1, or -1 for no end, got 0"),
+    "negative learning rate": ([*RUN, "--model.optimizer.lr=-1"], "model.optimizer: Invalid learning rate: -1.0"),
     "no warm start": (["warmup", "--config", QUICKSTART, "--warmup=null"], "the configuration has no `warmup` section"),
     "abbreviation": ([*RUN, "--model.see=1"], "there is no option 'model.see'; did you mean model.seed?"),
     "abbreviated command option": ([*RUN, "--seed=1"], "there is no option 'seed'; did you mean model.seed?"),

@@ -86,8 +86,10 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     for wrong in ({"r": 0}, {"alpha": 0}, {"target_modules": []}):
         with pytest.raises(ValueError, match="lora needs r and alpha above 0"):
             LoRA(**wrong)
-    with pytest.raises(ValueError, match=r"q_projection.*not found"):
-        load_policy(save(tmp_path, "llama"), lora=LoRA(target_modules=["q_projection"]))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no layer 'k_prj'; did you mean k_proj\?"):
+        load_policy(save(tmp_path, "llama"), lora=LoRA(target_modules=["q_proj", "k_prj"]))
+    with pytest.raises(ValueError, match=r"must be all-linear or a list of names, as in .*, got 'q_proj'"):
+        LoRA(target_modules="q_proj")
 
 
 def test_only_adapters_learn_and_gradient_checkpointing_changes_nothing() -> None:

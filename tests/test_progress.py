@@ -192,6 +192,7 @@ def test_enable_undoes_disable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_validation_is_one_line_of_accuracies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accuracies only; nothing for Lightning's sanity check, and nothing where there is nothing to say."""
     run = Run(RLVRProgress(), monkeypatch, terminal=False)
+    run.start()
     run.progress.on_validation_end(run.trainer, run.module)
     run.trainer.global_step = 40
     run.trainer.callback_metrics = {

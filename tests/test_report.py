@@ -8,7 +8,7 @@ import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from command_line import TINY, UNTRACKED, Outcome, TinyFit, succeed
@@ -129,6 +129,21 @@ def test_a_folder_is_printed_by_its_name(tmp_path: Path, capsys: pytest.CaptureF
     )
     Report().on_train_end(trainer, SimpleNamespace(evaluator=Evaluator(4), base=None, seed=3))
     assert f"  report           {root}/report.json\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("base", "step", "name"),
+    [(None, 0, "before training"), ("tiny", 0, "after warm start"), ("tiny", 4, "resumed at step 4")],
+)
+def test_the_first_evaluation_is_named_by_what_came_before(base: str | None, step: int, name: str) -> None:
+    """A resumed policy is not the warm start's."""
+    module: Any = SimpleNamespace(
+        evaluator=Evaluator(0), base=base, policy="learnt", place=lambda policy: policy, open_policy=lambda model: model
+    )
+    report = Report()
+    report.on_train_start(cast("Any", SimpleNamespace(global_step=step)), module)
+    assert list(report.rows) == ([name] if base is None else ["base", name])
+    assert module.policy == "learnt"
 
 
 @pytest.fixture(scope="module")

@@ -142,11 +142,12 @@ def test_an_evaluation_is_logged_at_its_step(run: Run, client: MlflowClient, tin
 
 
 def test_files(client: MlflowClient, run: Run, tiny_fit: TinyFit, tmp_path: Path) -> None:
-    """The configuration, each phase's rollouts twice, and the policy: the same as in the run's folder."""
+    """Configuration, report, each phase's rollouts twice, and the policy: the same as in the run's folder."""
     kept = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
     files = {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()}
     phases = {f"rollouts/phase_00000{n}.{kind}" for n in (0, 1) for kind in ("jsonl", "html")}
-    assert files >= {"config.yaml", *phases, "policy/model.safetensors", "policy/tokenizer.json", "policy/config.json"}
+    policy = {f"policy/{name}" for name in ("model.safetensors", "tokenizer.json", "config.json")}
+    assert files >= {"config.yaml", "report.json", *phases, *policy}
     for name in files:
         assert (kept / name).read_bytes() == (tiny_fit.root / name).read_bytes(), name
 

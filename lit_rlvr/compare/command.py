@@ -36,7 +36,7 @@ def parser() -> Parser:
     options.add_argument("--config", required=True, type=Path, metavar="FILE", help="the comparison (docs/compare.md)")
     options.add_argument("--dry_run", action="store_true", help="print what would be run, and stop")
     options.add_argument("--table_only", action="store_true", help="run nothing; make the table of what is done")
-    options.add_argument("--workers", type=int, help="runs at the same time; default: cores / threads of a run")
+    options.add_argument("--workers", type=_number, help="runs at the same time; default: cores / threads of a run")
     options.add_argument("--arms", type=_words, help="only these, for example --arms=all,top20; with the baseline")
     options.add_argument("--seeds", type=_numbers, help="instead of the file's, for example --seeds=0,1")
     options.add_argument("--folder", type=Path, help="where runs and tables are kept; default: runs/compare/NAME")
@@ -45,6 +45,12 @@ def parser() -> Parser:
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.strip("[] ").split(",") if word.strip()]
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
 
 
 def _numbers(text: str) -> list[int]:
@@ -83,6 +89,8 @@ def main(arguments: Sequence[str], program: Sequence[str] = FIT) -> int:
         comparison = read(options.config).only(options.arms, options.seeds)
         changed = {name: getattr(options, name) for name in ("workers", "folder")}
         comparison = replace(comparison, **{name: value for name, value in changed.items() if value is not None})
+        if not options.table_only and tuple(program) == FIT:  # what another program takes is its own affair
+            check(comparison)
         if options.dry_run:
             show(comparison, program)
             return 0
@@ -92,6 +100,19 @@ def main(arguments: Sequence[str], program: Sequence[str] = FIT) -> int:
             raise
         fail(str(error))
         return 2
+
+
+def check(comparison: Comparison) -> None:
+    """Refuse arms that could not begin, if any of their runs is still to be run.
+
+    Raises:
+        ValueError: With each arm's name and error.
+    """
+    from lit_rlvr.compare.check import check_arms
+
+    if todo := [run for run in runs_of(comparison) if run.state() != "done"]:
+        say(f"checking {len({run.arm for run in todo})} arms")
+        check_arms(todo)
 
 
 def workers_of(comparison: Comparison) -> int:

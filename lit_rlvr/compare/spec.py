@@ -13,6 +13,7 @@ import yaml
 
 from lit_rlvr.cli_errors import missing_file
 from lit_rlvr.compare.measures import Measure, read_measure
+from lit_rlvr.config_files import check_yaml
 from lit_rlvr.near import did_you_mean
 
 LAYER = ("config", "set", "callbacks", "callbacks+")
@@ -132,10 +133,8 @@ def read(file: Path) -> Comparison:
     """
     if not file.is_file():
         raise ValueError(missing_file(file))
-    try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    check_yaml(str(file))
+    given = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     if not isinstance(given, dict) or not isinstance(given.get("arms"), dict):
         raise ValueError(f"{file} is no comparison: it needs `arms`, a mapping of names to what differs")
     options = dict(OPTIONS)
@@ -212,9 +211,7 @@ def _find(name: str, file: Path) -> Path:
     return found
 
 
-def _arm_name(name: Any) -> str:
-    if not isinstance(name, str):
-        raise ValueError(f"an arm's name must be a text, got {name!r}; put it in quotes")
+def _arm_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"an arm's name becomes a folder: letters, digits and ._- only, got {name!r}")
     return name

@@ -70,7 +70,10 @@ class Task(ABC):
         Raises:
             ValueError: When the task has no demonstrations.
         """
-        raise ValueError(f"{type(self).__name__} has no demonstrations, so it cannot be used for a warm start")
+        raise ValueError(
+            f"{type(self).__name__} has no demonstrations, so it cannot be used for a warm start; --warmup=null does "
+            "without"
+        )
 
     def demonstration_facts(self) -> dict[str, Any]:
         """All that training prompts and demonstrations depend on: a warm start is repeated when it changes.
