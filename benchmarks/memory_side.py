@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.models import configuration
 from benchmarks.ours import fit, module_of
 from benchmarks.settings import Settings
-from lit_rlvr.explain import memory_of
+from lit_rlvr.explain_memory import memory_of
 from lit_rlvr.facts import Cluster
 
 

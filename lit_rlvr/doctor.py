@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lit_rlvr.engines.vllm_local import check_vllm
-from lit_rlvr.explain import readable
+from lit_rlvr.explain_memory import readable
 from lit_rlvr.models import cache_folder
 from lit_rlvr.terminal import quiet_libraries
 

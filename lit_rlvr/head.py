@@ -13,12 +13,13 @@ d logp_target / dz = onehot(target) - p, and dH / dz = -p (log p + H).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lit_rlvr.logits import LogitTransform
 
 CHUNK_ROWS = 256
 """Rows of logits held at a time; their memory is a few times rows x vocabulary x 4 bytes."""
@@ -30,36 +31,6 @@ class TokenLoss(Protocol):
     def __call__(self, logprobs: Tensor, entropies: Tensor, part: slice) -> Tensor:
         """Summed loss (a scalar) of the tokens ``part``, whose log-probabilities and entropies are given [m]."""
         ...
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What stands between ``hidden @ weight.T`` and the distribution that is sampled from.
-
-    Args:
-        scale: Factor on the raw logits.
-        softcap: The cap c of z <- c tanh(z / c), or None.
-        temperature: Sampling temperature, > 0.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    def __call__(self, raw: Tensor) -> Tensor:
-        z = raw if raw.dtype == torch.float64 else raw.float()  # raw itself may be returned: the caller owns it
-        if self.scale != 1.0:
-            z = z * self.scale
-        if self.softcap is not None:
-            z = self.softcap * torch.tanh(z / self.softcap)
-        return z / self.temperature if self.temperature != 1.0 else z
-
-    def through(self, gradient: Tensor, shifted: Tensor, top: Tensor) -> Tensor:
-        """Take a gradient back to the raw logits, in place; the transformed logits are ``shifted + top``."""
-        if self.softcap is not None:
-            gradient.mul_(1 - ((shifted + top) * (self.temperature / self.softcap)) ** 2)
-        factor = self.scale / self.temperature
-        return gradient if factor == 1.0 else gradient.mul_(factor)
 
 
 class _Chunk(NamedTuple):

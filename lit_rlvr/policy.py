@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from lit_rlvr.head import LogitTransform, TokenLoss, chunked_logprobs, selected_loss
+from lit_rlvr.head import TokenLoss, chunked_logprobs, selected_loss
 from lit_rlvr.layout import Layout, check_packs, choose_layout
+from lit_rlvr.logits import LogitTransform, logit_transform
 from lit_rlvr.lora import LoRA, add_adapters, base_of, merge_folder
 from lit_rlvr.segments import Pack, hidden_states
 
@@ -103,15 +104,6 @@ class Policy(nn.Module):
 
     def _at(self, temperature: float) -> LogitTransform:
         return LogitTransform(self.transform.scale, self.transform.softcap, temperature)
-
-
-def logit_transform(hf: PreTrainedModel) -> LogitTransform:
-    """Read the scaling and soft-cap that the model applies to its logits from its configuration."""
-    config = hf.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return LogitTransform(scale, None if softcap is None else float(softcap))
 
 
 @torch.no_grad()

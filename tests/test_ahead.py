@@ -169,6 +169,7 @@ def test_the_same_is_asked_as_without() -> None:
     assert asked[0] == asked[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_same_prompts(tmp_path: Path) -> None:
     """What was sampled ahead is not in the checkpoint: its phase is sampled again, with current weights."""
     asked = []

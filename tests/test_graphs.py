@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from tape import TapeRecorder
 from test_scheduler import PROMPTS, TOKENIZER, make_policy, same
 from tiny_models import CONTEXT, random_prompts
+from transformers import Cache
 
-from lit_rlvr.engines import Sampling, graph_steps, graphs, in_process
+from lit_rlvr.engines import Sampling, graphs, in_process
 from lit_rlvr.engines.decoding import Output, prefill
 from lit_rlvr.engines.graph_draws import DrawGraphs
 from lit_rlvr.engines.graph_steps import StepGraphs
 from lit_rlvr.engines.graphs import bucket
 from lit_rlvr.engines.sampler import draw_named
 from lit_rlvr.engines.scheduler import Scheduler
-from lit_rlvr.engines.slots import SlotCache
+from lit_rlvr.engines.slots import SlotCache, WholeLayer
 
 pytestmark = pytest.mark.usefixtures("unread")
 LAWS = settings(max_examples=10, deadline=None, derandomize=True)
@@ -131,9 +132,7 @@ def test_each_width_has_memory_of_its_own() -> None:
 
 def unmasked(self: StepGraphs, rows: int) -> None:
     """A step that looks at columns that hold nothing."""
-    cache: Any = graph_steps.Cache(
-        layers=[graph_steps._WholeLayer(layer, rows, self.column) for layer in self.cache.slots]
-    )
+    cache: Any = Cache(layers=[WholeLayer(layer, rows, self.column) for layer in self.cache.slots])
     self.logits[:rows].copy_(self.policy.next_logits(self.token[:rows], None, self.position[:rows], cache))
 
 

@@ -11,7 +11,8 @@ from torch.nn.functional import linear
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_rlvr.head import LogitTransform, TokenLoss, chunked_logprobs, selected_loss
+from lit_rlvr.head import TokenLoss, chunked_logprobs, selected_loss
+from lit_rlvr.logits import LogitTransform
 
 ROWS, WIDTH, VOCABULARY = 7, 5, 13
 PLAIN = LogitTransform()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM, OPTConfig, OPTForCausalLM
 
-from lit_rlvr.head import LogitTransform
+from lit_rlvr.logits import LogitTransform
 from lit_rlvr.policy import Policy, check_head, load_policy
 
 LENGTHS = [9, 4, 7]

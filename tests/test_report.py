@@ -138,7 +138,12 @@ def test_a_folder_is_printed_by_its_name(tmp_path: Path, capsys: pytest.CaptureF
 def test_the_first_evaluation_is_named_by_what_came_before(base: str | None, step: int, name: str) -> None:
     """A resumed policy is not the warm start's."""
     module: Any = SimpleNamespace(
-        evaluator=Evaluator(0), base=base, policy="learnt", place=lambda policy: policy, open_policy=lambda model: model
+        evaluator=Evaluator(0),
+        base=base,
+        policy="learnt",
+        place=lambda policy: policy,
+        open_policy=lambda model: model,
+        engine=SimpleNamespace(setup=lambda: None),
     )
     report = Report()
     report.on_train_start(cast("Any", SimpleNamespace(global_step=step)), module)

@@ -106,6 +106,7 @@ def test_a_run_starts_and_ends_its_own_server(fakes: list[list[str]]) -> None:
     assert engine.process is None
 
 
+@pytest.mark.slow
 def test_every_rank_has_its_own_server(fakes: list[list[str]]) -> None:
     """And rank 0 knows all of them, to push weights to."""
     policy, tokenizer = load_policy(resolve_model(TINY)), AutoTokenizer.from_pretrained(resolve_model(TINY))
@@ -187,6 +188,7 @@ time.sleep(100)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it")
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_a_run_that_is_killed_takes_its_server_with_it(tmp_path: Path) -> None:
     """Also when it is given no chance to end it."""
     command = [sys.executable, "-c", ABANDONS, str(tmp_path / "server.log")]

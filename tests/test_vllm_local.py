@@ -212,7 +212,8 @@ def test_a_warm_started_policy_is_not_taken_for_the_one_before(install: Any) -> 
         policy=policies["warm"], base="base", open_policy=policies.get, place=lambda policy: policy, engine=engine,
         evaluator=SimpleNamespace(run=run),
     )  # fmt: skip
-    Report().on_train_start(None, module)  # type: ignore[arg-type]
+    trainer: Any = SimpleNamespace(global_step=0)
+    Report().on_train_start(trainer, module)
     assert seen == [0, 1]
     engine.close()
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from lit_rlvr.engines.capture import Recorder
 from lit_rlvr.engines.graphs import RowGraphs
-from lit_rlvr.engines.slots import SlotCache, SlotLayer
+from lit_rlvr.engines.slots import SlotCache, WholeLayer
 from lit_rlvr.policy import Policy
 
 
@@ -84,41 +82,9 @@ class StepGraphs:
         seen = (places >= self.column - position) & (places <= self.column)
         mask = torch.zeros(seen.shape, dtype=self.policy.hf.dtype, device=seen.device)
         mask = mask.masked_fill(~seen, -torch.inf)[:, None, None]
-        cache = Cache(layers=[_WholeLayer(layer, rows, self.column) for layer in self.cache.slots])
+        cache = Cache(layers=[WholeLayer(layer, rows, self.column) for layer in self.cache.slots])
         with _uncached_autocast(position.device):
             self.logits[:rows].copy_(self.policy.next_logits(self.token[:rows], mask, position, cache))
-
-
-class _WholeLayer(CacheLayerMixin):
-    """A layer as a graph sees it: all columns of the first ``rows`` slots, and a tensor [1] with the one to write."""
-
-    is_sliding = False
-
-    def __init__(self, layer: SlotLayer, rows: int, column: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = (storage[:rows] for storage in layer.storage)
-        self.column, self.is_initialized = column, True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the storage is there."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the column [rows, heads, 1, head size] and return everything."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys.index_copy_(2, self.column, key_states.to(self.keys.dtype))
-        self.values.index_copy_(2, self.column, value_states.to(self.values.dtype))
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        assert self.keys is not None
-        return self.keys.shape[2] - 1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 @contextmanager

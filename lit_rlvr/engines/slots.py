@@ -146,6 +146,47 @@ class SlotLayer(CacheLayerMixin):
         self.low, self.high = high - kept, high
 
 
+class WholeLayer(CacheLayerMixin):
+    """The storage of a layer as one step sees it that reads all columns, in use or not; it needs a mask.
+
+    Args:
+        layer: The layer.
+        rows: How many of its slots are read.
+        column: The column that the step writes; a tensor [1] where it is captured.
+    """
+
+    is_sliding = False
+
+    def __init__(self, layer: SlotLayer, rows: int, column: int | Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = (storage[:rows] for storage in layer.storage)
+        self.column, self.is_initialized = column, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the storage is there."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the column [rows, heads, 1, head size] and return everything."""
+        assert self.keys is not None
+        assert self.values is not None
+        for storage, states in ((self.keys, key_states), (self.values, value_states)):
+            if isinstance(self.column, int):
+                storage[:, :, self.column : self.column + 1] = states
+            else:
+                storage.index_copy_(2, self.column, states.to(storage.dtype))
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        assert self.keys is not None
+        return self.keys.shape[2] - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
 class SlotCache(Cache):
     """The layers' storage, and what happens to all of them at once.
 
