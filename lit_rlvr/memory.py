@@ -23,7 +23,7 @@ STATES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop":
 ALIKE = ("qwen2", "qwen3")
 """Kinds of models with a list of layer types, in which layers of one type are equal."""
 
-LOGIT_COPIES = 4
+HEAD_COPIES, DRAW_COPIES = 3, 4
 """Float32 [rows, vocabulary] tensors alive at once: in the head's chunk, and when a token is drawn."""
 
 
@@ -130,7 +130,7 @@ def estimate(
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * heads * head_size * size
-    logits = 4 * LOGIT_COPIES * text.vocab_size
+    logits = 4 * text.vocab_size
     sharded = parameters_on_device < 1 and rollout_rows > 0
     return Memory(
         weights=held if adapters is None else held + trained,
@@ -138,8 +138,8 @@ def estimate(
         gradients=trained,
         optimizer=states * trained,
         activations=activations,
-        head=min(head_rows, micro_rows * width) * logits + head_gradient,
-        cache=rollout_rows * (width * per_token + logits) + packed * parameters * size,
+        head=HEAD_COPIES * min(head_rows, micro_rows * width) * logits + head_gradient,
+        cache=rollout_rows * (width * per_token + DRAW_COPIES * logits) + packed * parameters * size,
         gathered=parameters * DTYPES[gathered_dtype or dtype].itemsize if sharded else 0,
         critic=(1 + states) * values,
         critic_step=values + value_activations,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Elsewhere(Tensor):
     @staticmethod
     def __new__(cls, raw: Tensor) -> Any:
         shape = {"strides": raw.stride(), "storage_offset": raw.storage_offset(), "dtype": raw.dtype}
-        tensor = Tensor._make_wrapper_subclass(cls, raw.size(), device=DEVICE, **shape)  # type: ignore[attr-defined]
+        tensor = Tensor._make_wrapper_subclass(cls, raw.size(), device=device(), **shape)  # type: ignore[attr-defined]
         tensor.raw = raw
         return tensor
 
@@ -141,11 +142,19 @@ def copy_from(source: Tensor, goal: Tensor, non_blocking: bool = False) -> Tenso
     return goal
 
 
-_setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
-DEVICE = torch.device(NAME, 0)
-LIBRARY = torch.library.Library("aten", "IMPL")
-for name, kernel in {"empty.memory_format": empty, "empty_strided": empty_strided, "_copy_from": copy_from}.items():
-    LIBRARY.impl(name, kernel, "PrivateUse1")
+@cache
+def register() -> torch.library.Library:
+    """Give PyTorch the device, for good; nothing is registered any more once the result is forgotten."""
+    _setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
+    library = torch.library.Library("aten", "IMPL")
+    for name, kernel in {"empty.memory_format": empty, "empty_strided": empty_strided, "_copy_from": copy_from}.items():
+        library.impl(name, kernel, "PrivateUse1")
+    return library
+
+
+def device() -> torch.device:
+    """The device, which only a process that has called :func:`register` knows."""
+    return torch.device(NAME, 0)
 
 
 class OtherAccelerator(Accelerator):
@@ -159,11 +168,11 @@ class OtherAccelerator(Accelerator):
 
     @staticmethod
     def parse_devices(devices: Any) -> list[torch.device]:
-        return [DEVICE]
+        return [device()]
 
     @staticmethod
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        return [DEVICE]
+        return [device()]
 
     @staticmethod
     def auto_device_count() -> int:
@@ -183,12 +192,13 @@ class OtherAccelerator(Accelerator):
 
 def strategy() -> SingleDeviceStrategy:
     """A Lightning strategy that trains on the device."""
-    return SingleDeviceStrategy(device=DEVICE, accelerator=OtherAccelerator())
+    return SingleDeviceStrategy(device=device(), accelerator=OtherAccelerator())
 
 
 @contextmanager
 def available() -> Iterator[Counter[str]]:
     """Inside of it tensors can be made on the device; gives the reads since then."""
+    register()
     reads.clear()
     # A parameter that is moved has to take its numbers with it, and not their description alone.
     swaps = torch.__future__.get_swap_module_params_on_conversion()

@@ -158,7 +158,7 @@ def main(cases: list[str]) -> None:
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             with other_device.available() as reads:
-                found = run(case, Path(folder) / "other", other_device.DEVICE)
+                found = run(case, Path(folder) / "other", other_device.device())
             expected = run(case, Path(folder) / "cpu", torch.device("cpu"))
         try:
             assert_close(found, expected)
