@@ -52,6 +52,26 @@ class Sampling:
         return self.temperature == 0 or self.top_p < 1 or self.top_k > 0
 
 
+def check_context(longest: int, sampling: Sampling, limit: int, whose: str, more: str = "") -> None:
+    """Refuse prompts that leave no room for a response.
+
+    Args:
+        longest: Tokens of the longest prompt.
+        sampling: Has the longest response.
+        limit: Tokens that prompt and response may have together.
+        whose: Limit that is, as in ``the model's``.
+        more: What else can be done about it.
+
+    Raises:
+        ValueError: Saying what to lower.
+    """
+    if longest + sampling.max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed {whose} context of "
+            f"{limit} tokens; lower max_new_tokens or max_prompt_tokens{more}"
+        )
+
+
 @dataclass(frozen=True)
 class Generation:
     """Responses of an engine, one row per (prompt, sample), samples of a prompt side by side.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_rlvr.engines import plain
-from lit_rlvr.engines.base import Engine, Generation, Sampling
+from lit_rlvr.engines.base import Engine, Generation, Sampling, check_context
 from lit_rlvr.engines.capture import CudaRecorder, Recorder
 from lit_rlvr.engines.decoding import Output
 from lit_rlvr.engines.graphs import why_not
@@ -69,11 +69,8 @@ class InProcessEngine(Engine):
     ) -> Generation:
         longest = max((len(p) for p in prompts), default=0)
         limit = policy.context_length
-        if limit is not None and longest + sampling.max_new_tokens > limit:
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed the model's "
-                f"context of {limit} tokens; lower max_new_tokens or max_prompt_tokens"
-            )
+        if limit is not None:
+            check_context(longest, sampling, limit, "the model's")
         samples = len(uid) // max(len(prompts), 1)
         assert samples * len(prompts) == len(uid)
         assert all(prompts)

@@ -17,7 +17,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from lit_rlvr.engines.base import Engine, Generation, Sampling
+from lit_rlvr.engines.base import Engine, Generation, Sampling, check_context
 from lit_rlvr.engines.in_process import end_tokens
 from lit_rlvr.engines.vllm_broadcast import Backend, open_road
 from lit_rlvr.engines.vllm_client import Served, VLLMClient
@@ -165,7 +165,8 @@ class VLLMEngine(Engine):
         assert self.version is not None, "sync comes before sampling"
         if not prompts:
             return to_generation([])
-        self._has_room(max(map(len, prompts)), sampling)
+        limit, larger = min(served.context for served in self.served), "start the server with a larger --max-model-len"
+        check_context(max(map(len, prompts)), sampling, limit, "the vLLM server's", f", or {larger}")
         samples, ends = len(uid) // len(prompts), end_tokens(policy, tokenizer).tolist()
         mine = self.share()
 
@@ -197,15 +198,6 @@ class VLLMEngine(Engine):
         everyone = list(zip(self.clients, self.served, strict=True))
         rank, world = self._reduce.rank, self._reduce.world_size
         return everyone[rank::world] or [everyone[rank % len(everyone)]]
-
-    def _has_room(self, longest: int, sampling: Sampling) -> None:
-        limit = min(served.context for served in self.served)
-        if longest + sampling.max_new_tokens > limit:
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed the vLLM server's "
-                f"context of {limit} tokens; lower max_new_tokens or max_prompt_tokens, or start the server with a "
-                "larger --max-model-len"
-            )
 
     def _checked(self, client: VLLMClient, choices: list[dict[str, Any]], samples: int) -> list[dict[str, Any]]:
         """A prompt's responses in order, all complete and all drawn from the weights that were pushed."""

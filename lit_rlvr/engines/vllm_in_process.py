@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_rlvr.engines.base import Engine, Generation, Sampling
+from lit_rlvr.engines.base import Engine, Generation, Sampling, check_context
 from lit_rlvr.engines.in_process import end_tokens
 from lit_rlvr.engines.vllm_local import LocalVLLM, check_options, check_vllm
 from lit_rlvr.engines.vllm_push import on_every_rank
@@ -102,17 +102,11 @@ class VLLMInProcessEngine(Engine):
         assert self.vllm is not None, "sync comes before sampling"
         if not prompts:
             return response_tensors([], [], [])
-        self._has_room(self.vllm.context, max(map(len, prompts)), sampling)
+        raisable = ", or raise engine.options.max_model_len"
+        check_context(max(map(len, prompts)), sampling, self.vllm.context, "vLLM's", raisable)
         ends = end_tokens(policy, tokenizer).tolist()
         groups = uid.reshape(len(prompts), -1, 3)
         return self.vllm.sample(prompts, [sampling_parameters(rows, sampling, seed, ends) for rows in groups])
-
-    def _has_room(self, limit: int, longest: int, sampling: Sampling) -> None:
-        if longest + sampling.max_new_tokens > limit:
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} exceed vLLM's context of "
-                f"{limit} tokens; lower max_new_tokens or max_prompt_tokens, or raise engine.options.max_model_len"
-            )
 
     def metrics(self, reduce: Reduce) -> dict[str, float]:
         metrics = {"time/sync_s": self._seconds}

@@ -146,16 +146,4 @@ def on_first_rank(do: Callable[[], Any], reduce: Reduce, meanwhile: Iterable[Any
         reduce: Reaches the other ranks.
         meanwhile: What the others go through at the same time, and rank 0 what it has left of it.
     """
-    failure: Exception | None = None
-    if reduce.rank == 0:
-        try:
-            do()
-        except Exception as error:
-            failure = error
-    for _ in meanwhile:
-        pass
-    said = reduce.gather(None if failure is None else str(failure))[0]
-    if failure is not None:
-        raise failure
-    if said is not None:
-        raise RuntimeError(said)
+    on_every_rank(do if reduce.rank == 0 else lambda: None, reduce, meanwhile)
