@@ -18,10 +18,18 @@ from lightning.pytorch.callbacks import Callback
 from lit_rlvr_callbacks import TruncatedImportance
 from runs import train
 from transformers import AutoTokenizer
-from vllm_runs import SURROUNDINGS, TOLERANCE, LongPrompts, Watch, distance, make_module, save_tiny
+from vllm_runs import (
+    SURROUNDINGS,
+    TOLERANCE,
+    LongPrompts,
+    Watch,
+    check_greedy,
+    distance,
+    make_module,
+    save_tiny,
+)
 
-from lit_rlvr import Sampling
-from lit_rlvr.engines import Generation, InProcessEngine, VLLMColocatedEngine, VLLMServerEngine
+from lit_rlvr.engines import Generation, VLLMColocatedEngine, VLLMServerEngine
 from lit_rlvr.engines.vllm_broadcast import BroadcastRoad
 from lit_rlvr.engines.vllm_colocated import free_port
 from lit_rlvr.engines.vllm_launch import ServerProcess
@@ -167,25 +175,14 @@ def test_the_server_follows_the_trained_weights(temperature: float, transport: A
         assert torch.equal(last != 1, rollout.truncated)
 
 
-def rows(out: Generation) -> list[list[int]]:
-    return [row[mask].tolist() for row, mask in zip(out.ids, out.mask, strict=True)]
-
-
 @pytest.mark.parametrize("stop", [[], ["7", "+2"]])
 def test_greedy_responses_are_those_of_the_policy_itself(stop: list[str], folder: str, server: str) -> None:
     """Token for token, with where they end and why, and with the log-probabilities at temperature 1."""
     policy, tokenizer = load_policy(folder), AutoTokenizer.from_pretrained(folder)
-    engine, sampling = VLLMServerEngine([server]), Sampling(temperature=0, max_new_tokens=20, stop=stop)
+    engine = VLLMServerEngine([server])
     engine.setup()
     engine.sync(policy, 0, LocalReduce())
-    prompts = [[3 + (i * k) % 17 for i in range(1, 9 + k)] for k in range(1, 17)]
-    uid = torch.tensor([(0, i, 0) for i in range(16)])
-    theirs = engine.generate(policy, tokenizer, prompts, uid, sampling, 0)
-    ours = InProcessEngine().generate(policy, tokenizer, prompts, uid, sampling, 0)
-    assert rows(theirs) == rows(ours)
-    assert len({len(row) for row in rows(ours)}) > 2
-    assert torch.equal(theirs.truncated, ours.truncated)
-    torch.testing.assert_close(theirs.logprobs, ours.logprobs * ours.mask, rtol=0, atol=TOLERANCE)
+    check_greedy(engine, policy, tokenizer, stop)
 
 
 def test_a_run_starts_a_server_of_its_own(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

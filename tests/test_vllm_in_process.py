@@ -18,10 +18,20 @@ import torch.distributed as dist
 from runs import train
 from test_ddp import torchrun
 from transformers import AutoTokenizer
-from vllm_runs import SURROUNDINGS, TOLERANCE, LongPrompts, Watch, distance, make_module, save_tiny
+from vllm_runs import (
+    SURROUNDINGS,
+    TOLERANCE,
+    LongPrompts,
+    Watch,
+    check_greedy,
+    distance,
+    make_module,
+    rows,
+    save_tiny,
+)
 
 from lit_rlvr import Sampling
-from lit_rlvr.engines import Generation, InProcessEngine, VLLMInProcessEngine
+from lit_rlvr.engines import VLLMInProcessEngine
 from lit_rlvr.engines.vllm_local import LocalVLLM
 from lit_rlvr.lora import LoRA
 from lit_rlvr.policy import load_policy
@@ -163,25 +173,13 @@ def ready(folder: str) -> Iterator[VLLMInProcessEngine]:
     engine.close()
 
 
-def rows(out: Generation) -> list[list[int]]:
-    return [row[mask].tolist() for row, mask in zip(out.ids, out.mask, strict=True)]
-
-
 @pytest.mark.parametrize("stop", [[], ["7", "+2"]])
 def test_greedy_responses_are_those_of_the_policy_itself(
     stop: list[str], folder: str, ready: VLLMInProcessEngine
 ) -> None:
     """Token for token, with where they end and why, and with the log-probabilities at temperature 1."""
     policy, tokenizer = load_policy(folder), AutoTokenizer.from_pretrained(folder)
-    sampling = Sampling(temperature=0, max_new_tokens=20, stop=stop)
-    prompts = [[3 + (i * k) % 17 for i in range(1, 9 + k)] for k in range(1, 17)]
-    uid = torch.tensor([(0, i, 0) for i in range(16)])
-    theirs = ready.generate(policy, tokenizer, prompts, uid, sampling, 0)
-    ours = InProcessEngine().generate(policy, tokenizer, prompts, uid, sampling, 0)
-    assert rows(theirs) == rows(ours)
-    assert len({len(row) for row in rows(ours)}) > 2
-    assert torch.equal(theirs.truncated, ours.truncated)
-    torch.testing.assert_close(theirs.logprobs, ours.logprobs * ours.mask, rtol=0, atol=TOLERANCE)
+    check_greedy(ready, policy, tokenizer, stop)
 
 
 def test_a_response_depends_on_its_own_numbers(folder: str, ready: VLLMInProcessEngine) -> None:

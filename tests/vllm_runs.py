@@ -14,9 +14,9 @@ from runs import EvenTask
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lit_rlvr import Batch, RLVRModule, Sampling
-from lit_rlvr.engines import Engine
+from lit_rlvr.engines import Engine, Generation, InProcessEngine
 from lit_rlvr.models import character_tokenizer, save_model
-from lit_rlvr.policy import load_policy
+from lit_rlvr.policy import Policy, load_policy
 from lit_rlvr.scoring import score
 from lit_rlvr.tasks import Prompt, Split
 from lit_rlvr.tasks.last_digit import ALPHABET
@@ -96,3 +96,20 @@ def make_module(folder: str, engine: Engine, temperature: float, **options: Any)
         sampling=Sampling(temperature, max_new_tokens=24),
         **{"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3), **options},
     )  # fmt: skip
+
+
+def rows(out: Generation) -> list[list[int]]:
+    return [row[mask].tolist() for row, mask in zip(out.ids, out.mask, strict=True)]
+
+
+def check_greedy(engine: Engine, policy: Policy, tokenizer: Any, stop: list[str]) -> None:
+    """Compare an engine's greedy responses with the policy's own: tokens, ends, and log-probabilities."""
+    sampling = Sampling(temperature=0, max_new_tokens=20, stop=stop)
+    prompts = [[3 + (i * k) % 17 for i in range(1, 9 + k)] for k in range(1, 17)]
+    uid = torch.tensor([(0, i, 0) for i in range(16)])
+    theirs = engine.generate(policy, tokenizer, prompts, uid, sampling, 0)
+    ours = InProcessEngine().generate(policy, tokenizer, prompts, uid, sampling, 0)
+    assert rows(theirs) == rows(ours)
+    assert len({len(row) for row in rows(ours)}) > 2
+    assert torch.equal(theirs.truncated, ours.truncated)
+    torch.testing.assert_close(theirs.logprobs, ours.logprobs * ours.mask, rtol=0, atol=TOLERANCE)
