@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_rlvr.devices import send
-from lit_rlvr.layout import Layout, takes_masks
+from lit_rlvr.layout import Layout, Reader
 from lit_rlvr.meter import Meter
 from lit_rlvr.microbatch import cut
 from lit_rlvr.minibatch import MiniBatch
@@ -84,7 +84,7 @@ class ValueModel(nn.Module):
     ) -> None:
         super().__init__()
         policy = load_policy(path, dtype, gradient_checkpointing=gradient_checkpointing, layout=layout, empty=empty)
-        hf, self.layout = policy.hf, policy.layout
+        hf, self.layout, self.narrowed = policy.hf, policy.layout, policy.narrowed
         self.body: Any = hf.base_model
         size = hf.config.get_text_config().hidden_size
         wide = torch.float64 if dtype == "float64" else torch.float32
@@ -109,9 +109,8 @@ class ValueModel(nn.Module):
 def score_values(critic: Any, rollout: RolloutBatch, budget: int, device: torch.device, reduce: Reduce) -> Tensor:
     """The critic's value of the state before each response token [B, T]; 0 off the mask. Every rank calls it."""
     values = torch.zeros_like(rollout.old_logprobs)
-    masks = takes_masks(critic.hf, device)
     scored = []
-    for micro, _ in cut(rollout, rollout.response_mask, budget, None, device, reduce, critic.layout, masks):
+    for micro, _ in cut(rollout, rollout.response_mask, budget, None, Reader.of(critic, device), reduce):
         scored.append(((micro.row, micro.column), critic(micro.ids, micro.index, micro.pack)))
     for where, own in scored:  # fetched at the end: a GPU would be idle after every micro-batch
         values[where] = own.to(values)
@@ -125,8 +124,8 @@ def value_losses(module: RLVRModule, mini: MiniBatch, meter: Meter) -> Iterator[
     """
     assert module.critic_settings is not None
     mask, budget, scale = mini.rollout.response_mask, module.batch.micro_tokens, module.reduce.world_size
-    layout, masks = module.critic.layout, takes_masks(module.critic.hf, module.device)
-    for micro, last in cut(mini.rollout, mask, budget, None, module.device, module.reduce, layout, masks):
+    reader = Reader.of(module.critic, module.device)
+    for micro, last in cut(mini.rollout, mask, budget, None, reader, module.reduce):
         where = (micro.row, micro.column)
         assert mini.rollout.values is not None
         assert mini.returns is not None

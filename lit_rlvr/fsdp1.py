@@ -145,7 +145,7 @@ def wrap(model: Any, strategy: FSDP1Strategy) -> FullyShardedDataParallel:
     narrow = DTYPES[strategy.param_dtype] if strategy.param_dtype else hf.dtype
     if hf.dtype == torch.float64 and narrow != hf.dtype:
         raise ValueError(f"model.dtype float64 and param_dtype {strategy.param_dtype} contradict each other")
-    wide = torch.float64 if hf.dtype == torch.float64 else torch.float32
+    wide, model.narrowed = torch.float64 if hf.dtype == torch.float64 else torch.float32, narrow
 
     def precision(dtype: torch.dtype) -> MixedPrecision:
         return MixedPrecision(dtype, wide, cast_forward_inputs=False, cast_root_forward_inputs=False)

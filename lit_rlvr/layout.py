@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -38,12 +39,27 @@ def choose_layout(hf: PreTrainedModel, layout: Layout | None) -> Layout:
     raise ValueError(f"batch.layout {layout} does not go with {type(hf).__name__}: {why_not}; use batch.layout: padded")
 
 
-def takes_masks(hf: PreTrainedModel, device: torch.device) -> bool:
-    """Whether a model's attention takes a mask where a response shares its prompt: all that takes several calls."""
-    config = hf.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    head = torch.empty(0, size, dtype=hf.dtype, device=device)
-    return not varlen_serves(head, head, {})
+@dataclass(frozen=True)
+class Reader:
+    """How a model reads rows.
+
+    Args:
+        device: Where it computes.
+        layout: How rows are laid out for it.
+        masks: Whether its attention takes a mask where a response shares its prompt: all that takes several calls.
+    """
+
+    device: torch.device
+    layout: Layout = "padded"
+    masks: bool = True
+
+    @classmethod
+    def of(cls, model: Any, device: torch.device) -> Reader:
+        """Of a policy or a critic that computes on ``device``; under the autocast in which it will compute."""
+        config = model.hf.config.get_text_config()
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head = torch.empty(0, size, dtype=model.narrowed or model.hf.dtype, device=device)
+        return cls(device, model.layout, not varlen_serves(head, head, {}))
 
 
 @torch.no_grad()

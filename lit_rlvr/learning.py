@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lit_rlvr.credit import penalises
-from lit_rlvr.layout import takes_masks
+from lit_rlvr.layout import Reader
 from lit_rlvr.meter import Meter
 from lit_rlvr.microbatch import MicroBatch, cut
 from lit_rlvr.minibatch import MiniBatch
@@ -55,9 +55,8 @@ def micro_batches(module: RLVRModule, mini: MiniBatch) -> Iterator[tuple[MicroBa
     """
     everything = module.kl_loss is not None or penalises(module.chain) or not module.separable
     chosen = mini.rollout.response_mask if everything else mini.credit.learns
-    budget, rows, layout = module.batch.micro_tokens, module.batch.micro_rows, module.policy.layout
-    masks = takes_masks(module.policy.hf, module.device)
-    return cut(mini.rollout, chosen, budget, rows, module.device, module.reduce, layout, masks)
+    batch, reader = module.batch, Reader.of(module.policy, module.device)
+    return cut(mini.rollout, chosen, batch.micro_tokens, batch.micro_rows, reader, module.reduce)
 
 
 def backward_but_last(losses: Iterator[tuple[Tensor, bool]]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_rlvr.devices import send
-from lit_rlvr.layout import Layout
+from lit_rlvr.layout import Reader
 from lit_rlvr.packing import pack_rows
 from lit_rlvr.reduce import Reduce
 from lit_rlvr.segments import Pack
@@ -62,32 +62,25 @@ def enters(chosen: Tensor) -> Tensor:
     return after > 0
 
 
-def lay_out(
-    rollout: RolloutBatch,
-    rows: Tensor,
-    chosen: Tensor,
-    device: torch.device,
-    layout: Layout = "padded",
-    masks: bool = True,
-) -> MicroBatch:
-    """Lay out ``rows`` [n] of a rollout, asking for the response tokens that ``chosen`` [B, T] marks.
+def lay_out(rollout: RolloutBatch, rows: Tensor, chosen: Tensor, reader: Reader) -> MicroBatch:
+    """Lay out ``rows`` [n] of a rollout for a model, asking for the response tokens that ``chosen`` [B, T] marks.
 
     What stands behind the state that predicts a row's last chosen token is left out: attention is causal.
     """
     local, column = chosen[rows].nonzero(as_tuple=True)
     entering = enters(chosen[rows])
     pack, padding = None, 0
-    if layout == "padded":
+    if reader.layout == "padded":
         ids, before, first, padding = _padded(rollout, rows, entering)
     else:
-        same = sharing(rollout, rows, entering.sum(-1), layout, masks)
+        same = sharing(rollout, rows, entering.sum(-1), reader)
         prompts = [rollout.prompt_ids[row][rollout.prompt_mask[row]] for row in rows]
         responses = [rollout.response_ids[row][enter] for row, enter in zip(rows, entering, strict=True)]
         ids, before, first, pack = pack_rows(prompts, responses, same.tolist())
     # The hidden state at one place predicts the token at the next.
     index = torch.where(column == 0, before[local], first[local] + column - 1)
     targets = rollout.response_ids[rows[local], column]
-    return MicroBatch(ids, index, targets, rows[local], column, len(rows), padding, pack).to(device)
+    return MicroBatch(ids, index, targets, rows[local], column, len(rows), padding, pack).to(reader.device)
 
 
 def _padded(rollout: RolloutBatch, rows: Tensor, entering: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -109,7 +102,7 @@ def empty(device: torch.device) -> MicroBatch:
     return MicroBatch(torch.zeros(1, 1, dtype=torch.int64), nothing, nothing, nothing, nothing).to(device)
 
 
-def sharing(rollout: RolloutBatch, rows: Tensor, responses: Tensor, layout: Layout, masks: bool) -> Tensor:
+def sharing(rollout: RolloutBatch, rows: Tensor, responses: Tensor, reader: Reader) -> Tensor:
     """A number per row [n]; rows of one number share their prompt.
 
     Those have the same prompt, and are short where sharing takes a mask, which would cost a long response more than its
@@ -119,16 +112,15 @@ def sharing(rollout: RolloutBatch, rows: Tensor, responses: Tensor, layout: Layo
         rollout: The facts.
         rows: Which of its rows [n].
         responses: Response tokens of each that enter the forward pass [n].
-        layout: How rows are laid out; only ``shared`` shares.
-        masks: Whether a response that shares its prompt takes a mask; see :func:`~lit_rlvr.layout.takes_masks`.
+        reader: For what model; only the layout ``shared`` shares.
     """
     alone = torch.arange(len(rows))
-    if layout != "shared":
+    if reader.layout != "shared":
         return alone
     mask = rollout.prompt_mask[rows]
     tokens = rollout.prompt_ids[rows].masked_fill(~mask, -1)
     same: Tensor = torch.unique(tokens, dim=0, return_inverse=True)[1]
-    long = masks & (responses * (mask.sum(-1) + responses) > MOST_MASKED)
+    long = reader.masks & (responses * (mask.sum(-1) + responses) > MOST_MASKED)
     return torch.where(long, len(rows) + alone, same)
 
 
@@ -137,10 +129,8 @@ def cut(
     chosen: Tensor,
     budget: int,
     size: int | None,
-    device: torch.device,
+    reader: Reader,
     reduce: Reduce,
-    layout: Layout = "padded",
-    masks: bool = True,
 ) -> Iterator[tuple[MicroBatch, bool]]:
     """Cut the rows that have a chosen token into micro-batches, laid out one by one; the flag marks the last.
 
@@ -151,22 +141,20 @@ def cut(
         chosen: The response tokens to ask for [B, T].
         budget: Tokens per micro-batch, padding included.
         size: Rows per micro-batch, in their order, instead of a budget.
-        device: Where the policy is.
+        reader: How the model reads them.
         reduce: Counts over ranks.
-        layout: How rows are laid out.
-        masks: Whether a response that shares its prompt takes a mask.
     """
     rows = chosen.any(-1).nonzero().squeeze(-1)
     prompts, responses = rollout.prompt_mask[rows].sum(-1), enters(chosen[rows]).sum(-1)
     if size is not None:
         parts = list(rows.split(size)) if len(rows) else []
-    elif layout == "padded":
+    elif reader.layout == "padded":
         parts = [rows[part] for part in split_rows(prompts + responses, budget)]
     else:
-        same = sharing(rollout, rows, responses, layout, masks)
+        same = sharing(rollout, rows, responses, reader)
         parts = [rows[part] for part in split_prompts(prompts, responses, same, budget)]
     number = max(1, int(reduce.max(torch.tensor(len(parts)))))
     for i in range(number):
         filled = i < len(parts)
-        micro = lay_out(rollout, parts[i], chosen, device, layout, masks) if filled else empty(device)
+        micro = lay_out(rollout, parts[i], chosen, reader) if filled else empty(reader.device)
         yield micro, i == number - 1

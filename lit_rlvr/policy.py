@@ -41,6 +41,8 @@ class Policy(nn.Module):
         """How rows are laid out for it."""
         self.placed: torch.device | None = None
         """Where it computes, if its weights wait elsewhere."""
+        self.narrowed: torch.dtype | None = None
+        """What it computes in, if sharding narrows its weights."""
         self.train(hf.training)
 
     @property

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
-from lit_rlvr.layout import takes_masks
+from lit_rlvr.layout import Reader
 from lit_rlvr.microbatch import cut
 from lit_rlvr.reduce import LocalReduce, Reduce
 from lit_rlvr.sharding import compute_precision
@@ -39,9 +39,8 @@ def score(
     """
     logprobs, entropies = (torch.zeros_like(rollout.response_mask, dtype=torch.float32) for _ in range(2))
     everything, reduce = rollout.response_mask, reduce or LocalReduce()
-    masks = takes_masks(policy.hf, policy.device)
     scored = []
-    for micro, _ in cut(rollout, everything, budget, None, policy.device, reduce, policy.layout, masks):
+    for micro, _ in cut(rollout, everything, budget, None, Reader.of(policy, policy.device), reduce):
         facts = policy(micro.ids, micro.index, micro.targets, temperature, pack=micro.pack)
         scored.append(((micro.row, micro.column), facts))
     for where, (logp, entropy) in scored:  # fetched at the end: a GPU would be idle after every micro-batch

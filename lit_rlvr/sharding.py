@@ -180,7 +180,7 @@ def shard(model: Any, strategy: ModelParallelStrategy) -> None:
         narrow = DTYPES[strategy.param_dtype] if strategy.param_dtype else own
         if own == torch.float64 and narrow != own:
             raise ValueError(f"model.dtype float64 and param_dtype {strategy.param_dtype} contradict each other")
-        wide = torch.float64 if own == torch.float64 else torch.float32
+        wide, model.narrowed = torch.float64 if own == torch.float64 else torch.float32, narrow
         options["mp_policy"] = MixedPrecisionPolicy(narrow, wide, cast_forward_inputs=False)
         pin = torch.cuda.is_available()
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=pin) if strategy.cpu_offload else OffloadPolicy()

@@ -18,6 +18,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from lit_rlvr.data import Template
+from lit_rlvr.layout import Reader
 from lit_rlvr.microbatch import lay_out
 from lit_rlvr.models import cache_folder, resolve_model, save_model
 from lit_rlvr.policy import load_policy
@@ -168,7 +169,7 @@ class WarmupModule(pl.LightningModule):
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         rows = torch.arange(len(batch))
-        micro = lay_out(batch.to("cpu"), rows, batch.response_mask.cpu(), self.device)
+        micro = lay_out(batch.to("cpu"), rows, batch.response_mask.cpu(), Reader(self.device))
         tokens = len(micro.targets)
 
         def likelihood(logprobs: Tensor, entropies: Tensor, part: slice) -> Tensor:

@@ -50,6 +50,7 @@ def test_facts_keep_their_precision() -> None:
     facts = Facts(torch.tensor([-12.3456, 0.1234567, 3.0]))
     policy(*INPUTS, facts).backward()
     assert dtypes == [torch.bfloat16]
+    assert policy.narrowed == torch.bfloat16
     assert [(seen[0], seen[1]) for seen in facts.seen] == [(torch.float32, torch.float32)]
     assert torch.equal(facts.seen[0][2], torch.tensor([-12.3456, 0.1234567, 3.0]))
     assert {p.grad.dtype for p in policy.parameters() if p.grad is not None} == {torch.float32}
@@ -76,6 +77,7 @@ def test_a_critic_keeps_its_head_in_float32() -> None:
     assert values.dtype == torch.float32
     assert critic.head.mixed_precision.param_dtype == torch.float32
     assert critic.mixed_precision.param_dtype == torch.bfloat16
+    assert critic.narrowed == torch.bfloat16
 
 
 @pytest.mark.usefixtures("group")

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from lit_rlvr.layout import KNOWN, Layout, check_packs, choose_layout
+from lit_rlvr.layout import KNOWN, Layout, Reader, check_packs, choose_layout
 from lit_rlvr.microbatch import MicroBatch, cut
 from lit_rlvr.policy import Policy, recompute_activations
 from lit_rlvr.reduce import LocalReduce
@@ -109,8 +109,9 @@ def check(policy: Policy, rollout: RolloutBatch, chosen: Tensor, layout: Layout,
     """Loss and the gradients of all parameters are those of whole rows."""
     selected, exact = options.pop("selected", True), options.pop("exact", True)
     wanted = plain(policy, rollout, chosen)
+    reader = Reader(CPU, layout, options.pop("masks", True))
     cutting = {"budget": 10**6, "size": None, **options}
-    micros = list(cut(rollout, chosen, **cutting, device=CPU, reduce=LocalReduce(), layout=layout))
+    micros = list(cut(rollout, chosen, **cutting, reader=reader, reduce=LocalReduce()))
     loss = laid_out(policy, rollout, micros, selected)
     # The norms of some families compute in float32 whatever the weights, and a prompt's gradients meet before them.
     tolerance = {} if exact else {"rtol": 1e-5, "atol": 1e-5}
@@ -169,7 +170,7 @@ def test_long_responses_share_no_prompt_by_a_mask(
     check(qwen3, rollout, chosen, "shared", budget=20, masks=masks)
     parts = [
         part
-        for micro, _ in cut(rollout, chosen, 10**6, None, CPU, LocalReduce(), "shared", masks)
+        for micro, _ in cut(rollout, chosen, 10**6, None, Reader(CPU, "shared", masks), LocalReduce())
         if micro.pack is not None
         for part in micro.pack.parts
         if part.prompts is not None
@@ -253,7 +254,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_grows_with_the_square_of_a_pack(qwen3: Policy, layout: Layout) -> None:
     """In a pack of hundreds of short rows the largest tensor is one of the network's own."""
     rollout = ragged([8] * 40, 7)
-    [(micro, _)] = cut(rollout, rollout.response_mask, 10**6, None, CPU, LocalReduce(), layout)
+    [(micro, _)] = cut(rollout, rollout.response_mask, 10**6, None, Reader(CPU, layout), LocalReduce())
     with Largest() as largest:
         hidden_states(qwen3.hf.base_model, micro.ids, micro.pack)
     places = micro.ids.numel()
@@ -270,7 +271,7 @@ def test_a_prompt_is_there_once() -> None:
         ids, everything[:, :2], answers, everything, zeros, zeros, zeros[0], zeros[0], torch.arange(3),
         torch.zeros(3, 3, dtype=torch.int64), flags,
     )  # fmt: skip
-    [(micro, _)] = cut(rollout, everything, 99, None, CPU, LocalReduce(), "shared")
+    [(micro, _)] = cut(rollout, everything, 99, None, Reader(CPU, "shared"), LocalReduce())
     assert micro.pack is not None
     assert micro.ids.tolist() == [[4, 5, 13, 14, 2, 3, 10, 11, 16, 17]]
     assert micro.pack.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 2, 3]]

@@ -17,6 +17,7 @@ from lit_rlvr import Batch, CreditContext
 from lit_rlvr.aggregation import TokenMean
 from lit_rlvr.engines import InProcessEngine
 from lit_rlvr.kl import KLPenalty
+from lit_rlvr.layout import Reader
 from lit_rlvr.losses import ClippedSurrogate
 from lit_rlvr.meter import Meter
 from lit_rlvr.microbatch import cut
@@ -63,7 +64,7 @@ def test_tokens_that_do_not_learn_leave_no_trace() -> None:
     credit = full_credit(rollout, [1.0, -1.0] * 4)
     credit = replace(credit, weight=credit.weight * (rollout.entropies > 0))
     mini = MiniBatch.of(rollout, credit, TokenMean(), LocalReduce())
-    ((micro, _),) = cut(rollout, rollout.response_mask, 10**6, None, torch.device("cpu"), LocalReduce())
+    ((micro, _),) = cut(rollout, rollout.response_mask, 10**6, None, Reader(torch.device("cpu")), LocalReduce())
     learns = credit.weight[micro.row, micro.column] > 0
     old, advantage = (t[micro.row, micro.column] for t in (rollout.old_logprobs, credit.advantage))
     logprobs = old + torch.sin(torch.arange(len(old)))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rollouts import build_rollout, rollouts
 from torch import Tensor
 
+from lit_rlvr.layout import Reader
 from lit_rlvr.microbatch import empty, lay_out
 from lit_rlvr.split import split_rows
 from lit_rlvr.types import RolloutBatch
@@ -63,7 +64,7 @@ def test_lay_out_against_loops(rollout: RolloutBatch, rng: object, seed: int) ->
     count = 1 + seed % len(rollout)
     rows = torch.randperm(len(rollout), generator=generator)[:count]
     chosen = rollout.response_mask & (torch.rand(rollout.response_mask.shape, generator=generator) < 0.6)
-    micro = lay_out(rollout, rows, chosen, CPU)
+    micro = lay_out(rollout, rows, chosen, Reader(CPU))
     sequences, tokens = naive(rollout, rows.tolist(), chosen)
     width = max(map(len, sequences))
     assert micro.ids.tolist() == [s + [0] * (width - len(s)) for s in sequences]
@@ -79,7 +80,7 @@ def test_lay_out_against_loops(rollout: RolloutBatch, rng: object, seed: int) ->
 def test_lay_out_by_hand() -> None:
     """Prompts of 1 and 2 tokens, responses of 2 and 1: the last row first."""
     rollout = build_rollout([[0.5, 0.5], [0.5]])
-    micro = lay_out(rollout, torch.tensor([1, 0]), rollout.response_mask, CPU)
+    micro = lay_out(rollout, torch.tensor([1, 0]), rollout.response_mask, Reader(CPU))
     assert micro.ids.tolist() == [[11, 21], [10, 30]]
     assert micro.index.tolist() == [1, 2, 3]
     assert micro.targets.tolist() == [130, 30, 31]
@@ -90,7 +91,7 @@ def test_lay_out_by_hand() -> None:
 def test_nothing_chosen() -> None:
     """The rows' prompts are still there."""
     rollout = build_rollout([[0.5, 0.5], [0.5]])
-    micro = lay_out(rollout, torch.tensor([0, 1]), torch.zeros_like(rollout.response_mask), CPU)
+    micro = lay_out(rollout, torch.tensor([0, 1]), torch.zeros_like(rollout.response_mask), Reader(CPU))
     assert micro.ids.tolist() == [[10, 0], [11, 21]]
     assert [t.tolist() for t in (micro.index, micro.targets, micro.row, micro.column)] == [[]] * 4
 

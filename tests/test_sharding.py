@@ -83,6 +83,7 @@ def test_facts_keep_their_precision() -> None:
     facts = Facts(torch.tensor([-12.3456, 0.1234567, 3.0]))
     policy(*INPUTS, facts).backward()
     assert dtypes == [torch.bfloat16]
+    assert policy.narrowed == torch.bfloat16
     assert [(seen[0], seen[1]) for seen in facts.seen] == [(torch.float32, torch.float32)]
     assert torch.equal(facts.seen[0][2], torch.tensor([-12.3456, 0.1234567, 3.0]))
     assert {p.grad.dtype for p in policy.parameters() if p.grad is not None} == {torch.float32}

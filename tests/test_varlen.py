@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_rlvr import varlen
-from lit_rlvr.layout import choose_layout, takes_masks
+from lit_rlvr.layout import Reader, choose_layout
 from lit_rlvr.packing import pack_rows
 from lit_rlvr.policy import Policy
 from lit_rlvr.segments import Pack, attend, hidden_states
@@ -338,16 +339,22 @@ def test_where_it_serves(
 
 
 def test_what_a_model_says_before_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sharing a prompt takes a mask on a CPU, and elsewhere by the model's dtype, autocast and head size."""
+    """Sharing a prompt takes a mask on a CPU, and elsewhere by head size, autocast and what a model computes in."""
+
+    def takes_masks(hf: Any, narrowed: torch.dtype | None = None) -> bool:
+        return Reader.of(SimpleNamespace(hf=hf, layout="shared", narrowed=narrowed), CPU).masks
+
     hf = float64("llama").hf.bfloat16()
     wide = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **COMMON, n_embd=24, n_head=2, n_layer=1))
-    assert takes_masks(hf, CPU)
+    assert takes_masks(hf)
     monkeypatch.setattr(varlen, "available", lambda device: True)
-    assert not takes_masks(hf, CPU)
-    assert takes_masks(wide.bfloat16(), CPU)
-    assert takes_masks(hf.float(), CPU)
+    assert not takes_masks(hf)
+    assert takes_masks(wide.bfloat16())
+    assert takes_masks(hf.float())
+    assert not takes_masks(hf, torch.bfloat16)
+    assert takes_masks(hf, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not takes_masks(hf, CPU)
+        assert not takes_masks(hf)
 
 
 def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
