@@ -10,15 +10,17 @@ from rich.table import Table
 
 from lit_rlvr.engines import InProcessEngine
 from lit_rlvr.facts import Cluster, Facts
+from lit_rlvr.fsdp1 import FSDP1Strategy
 from lit_rlvr.lora import adapter_parameters
-from lit_rlvr.memory import Memory, estimate
+from lit_rlvr.memory import Memory, Numbers, estimate
 from lit_rlvr.settings import Batch
 from lit_rlvr.sharding import FSDP2Strategy
 
 PARTS = {
     "reference": "reference model", "optimizer": "optimizer state", "cache": "key-value cache",
     "gathered": "gathered weights, while sampling", "whole_gradients": "whole gradients, between micro-batches",
-    "critic_step": "critic's gradients and activations",
+    "critic_step": "critic's gradients and activations", "gathered_parts": "gathered weights, while training",
+    "host": "in the CPU's memory, per device",
 }  # fmt: skip
 """Parts of the memory whose own name says too little."""
 
@@ -31,18 +33,30 @@ def memory_of(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, Any]
     probe = module.optimizer([torch.nn.Parameter(torch.zeros(1))])
     return estimate(
         facts.config,
-        dtype=module.dtype_name,
+        numbers(module, cluster, facts, asked),
         micro_rows=micro_rows(module, cluster, width),
         width=width,
         rollout_rows=min(own, most),
         optimizer=type(probe).__name__,
         reference=module.kl is not None and (module.lora is None or module.reference_path is not None),
         gradient_checkpointing=module.gradient_checkpointing,
-        parameters_on_device=1 / cluster.devices if cluster.sharded else 1.0,
         critic=facts.critic,
-        gathered_dtype=asked["strategy"].param_dtype if isinstance(asked.get("strategy"), FSDP2Strategy) else None,
         adapters=None if module.lora is None else adapter_parameters(facts.config, module.lora),
         packed=packs(module, asked),
+    )
+
+
+def numbers(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, Any]) -> Numbers:
+    """In which numbers the run keeps and computes, and which part of them one device keeps."""
+    strategy = asked.get("strategy")
+    computes = strategy.param_dtype if isinstance(strategy, FSDP2Strategy | FSDP1Strategy) else None
+    return Numbers(
+        dtype=module.dtype_name,
+        computes=computes,
+        samples=computes if isinstance(strategy, FSDP2Strategy) else None,  # the first FSDP gathers them as they are
+        autocast=str(asked.get("precision")) in ("bf16-mixed", "bf16"),
+        share=1 / cluster.devices if cluster.sharded else 1.0,
+        offload=isinstance(strategy, FSDP2Strategy) and strategy.cpu_offload,
         keeps_whole=keeps_whole(module, cluster, facts, asked),
     )
 

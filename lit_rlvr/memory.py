@@ -1,30 +1,29 @@
 """How much memory a run needs on one device, from the model's configuration alone: no weights are loaded.
 
-The activations that a training step keeps are counted by running the model on fake tensors, so the estimate knows the
-architecture, gradient checkpointing and attention kernel; the rest is arithmetic.
+:mod:`lit_rlvr.activations` counts what a training step keeps; the rest is arithmetic.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
 
+from lit_rlvr.activations import Counted, Pass
 from lit_rlvr.head import CHUNK_ROWS
-from lit_rlvr.policy import DTYPES, recompute_activations
+from lit_rlvr.policy import DTYPES
 
 STATES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1, "SGD": 0}
 """Tensors that an optimizer keeps per parameter; SGD with momentum keeps one."""
 
-ALIKE = ("qwen2", "qwen3")
-"""Kinds of models with a list of layer types, in which layers of one type are equal."""
-
 HEAD_COPIES, DRAW_COPIES = 3, 4
 """Float32 [rows, vocabulary] tensors alive at once: in the head's chunk, and when a token is drawn."""
+NARROW_COPIES = 2
+"""As many in a narrower dtype, where the head computes in one: logits, and their gradient."""
+GATHERED_LAYERS = 2
+"""Decoder layers of a sharded model that are whole at a time: the one at work and the next, which is on its way; and
+as many gradients, in the dtype that they are averaged in."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,9 @@ class Memory:
         critic_step: Its gradients, and the activations of its own micro-batch: the policy's last is still there.
         whole_gradients: Gradients of policy and critic that are kept whole between micro-batches, where each device
             holds a part of them otherwise.
+        gathered_parts: Embedding, head and two decoder layers with their gradients, which are whole during a training
+            step where each device holds a part of them otherwise.
+        host: Weights, gradients and optimizer state that wait in the memory of the CPU, for each device; not on it.
     """
 
     weights: int
@@ -57,12 +59,14 @@ class Memory:
     critic: int = 0
     critic_step: int = 0
     whole_gradients: int = 0
+    gathered_parts: int = 0
+    host: int = 0
 
     @property
     def training(self) -> int:
         """Peak of an optimiser step."""
         everything: list[int] = [getattr(self, f.name) for f in fields(self)]
-        return sum(everything) - self.cache - self.gathered
+        return sum(everything) - self.cache - self.gathered - self.host
 
     @property
     def rollout(self) -> int:
@@ -75,10 +79,58 @@ class Memory:
         return max(self.training, self.rollout)
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """In which numbers, and where, a run keeps and computes.
+
+    Args:
+        dtype: Dtype of the weights.
+        computes: Dtype in which sharded weights are computed with; null: ``dtype``.
+        samples: Dtype of the weights that rollouts are decoded with; null: ``dtype``.
+        autocast: Whether passes run under bfloat16 autocast.
+        share: Share of weights, gradients and optimizer state that one device holds: 1 over the number of devices for a
+            sharded strategy.
+        offload: Whether that share waits in the memory of the CPU.
+        keeps_whole: Whether a sharded policy and critic keep whole gradients between micro-batches.
+    """
+
+    dtype: str = "float32"
+    computes: str | None = None
+    samples: str | None = None
+    autocast: bool = False
+    share: float = 1.0
+    offload: bool = False
+    keeps_whole: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight as it is kept."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a gradient that is added up."""
+        return max(self.size, 4)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the weights in a training step."""
+        return DTYPES[self.computes or self.dtype]
+
+    @property
+    def sample_size(self) -> int:
+        """Bytes of a weight in a rollout."""
+        return DTYPES[self.samples or self.dtype].itemsize
+
+    def kept(self, parameters: int) -> int:
+        """Bytes of so many parameters as one device keeps them."""
+        return int(parameters * self.size * self.share)
+
+
 def estimate(
     config: Any,
+    numbers: Numbers,
     *,
-    dtype: str,
     micro_rows: int,
     width: int,
     rollout_rows: int,
@@ -86,18 +138,15 @@ def estimate(
     optimizer: str = "AdamW",
     reference: bool = False,
     gradient_checkpointing: bool = False,
-    parameters_on_device: float = 1.0,
     critic: Any = None,
     adapters: int | None = None,
-    gathered_dtype: str | None = None,
     packed: bool = False,
-    keeps_whole: bool = False,
 ) -> Memory:
     """Estimate the memory of one device.
 
     Args:
         config: The model's Hugging Face configuration.
-        dtype: Dtype of the weights.
+        numbers: In which numbers, and where.
         micro_rows: Rows of the largest micro-batch.
         width: Prompt and response together, in tokens.
         rollout_rows: Responses decoded at a time.
@@ -105,94 +154,73 @@ def estimate(
         optimizer: Class name of the optimizer.
         reference: Whether a reference model is loaded.
         gradient_checkpointing: Whether activations are recomputed.
-        parameters_on_device: Share of weights, gradients and optimizer state that one device holds (1 over the number
-            of devices for a sharded strategy).
         critic: The value model's configuration; null: there is none.
         adapters: Parameters of adapters that are trained instead of the weights; what they add to the activations is
             not counted. Null: the weights are trained.
-        gathered_dtype: Dtype of the whole copy that a sharded policy samples with; null: ``dtype``.
         packed: Whether rollouts are decoded with packed copies of the weights.
-        keeps_whole: Whether a sharded policy and critic keep whole gradients between micro-batches.
     """
-    text, size = config.get_text_config(), DTYPES[dtype].itemsize
-    activations, parameters = _counted(config, dtype, micro_rows, width, gradient_checkpointing)
-    states, values, value_activations, body = STATES.get(optimizer, 2), 0, 0, 0
-    if critic is not None:
-        value_activations, body = _counted(critic, dtype, micro_rows, width, gradient_checkpointing)
-        of_critic = critic.get_text_config()
-        if not critic.tie_word_embeddings:  # one output per token takes the place of the vocabulary
-            body -= of_critic.vocab_size * of_critic.hidden_size
-        values = int(body * size * parameters_on_device)
-    held = trained = int(parameters * size * parameters_on_device)
-    head_gradient = 4 * text.vocab_size * text.hidden_size
-    if adapters is not None:
-        trained, head_gradient = int(adapters * max(size, 4) * parameters_on_device), 0
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_token = 2 * text.num_hidden_layers * heads * head_size * size
-    logits = 4 * text.vocab_size
-    sharded = parameters_on_device < 1 and rollout_rows > 0
+    forward = Pass(micro_rows, width, numbers.compute_dtype, numbers.autocast, gradient_checkpointing)
+    policy = forward.count(config)
+    value = None if critic is None else _without_head(forward.count(critic), critic)
+    kept = _kept(policy, value, numbers, STATES.get(optimizer, 2), reference, adapters)
+    of_critic = kept.pop("critic_gradients")
+    learners = [policy] if value is None else [policy, value]
+    trained = sum(c.parameters for c in learners) + (0 if adapters is None else adapters - policy.parameters)
+    narrow, sharded = numbers.compute_dtype.itemsize, numbers.share < 1
+    parts = [c.outside * narrow + GATHERED_LAYERS * c.layer * (narrow + numbers.wide) for c in learners]
     return Memory(
-        weights=held if adapters is None else held + trained,
-        reference=held if reference else 0,
-        gradients=trained,
-        optimizer=states * trained,
-        activations=activations,
-        head=HEAD_COPIES * min(head_rows, micro_rows * width) * logits + head_gradient,
-        cache=rollout_rows * (width * per_token + DRAW_COPIES * logits) + packed * parameters * size,
-        gathered=parameters * DTYPES[gathered_dtype or dtype].itemsize if sharded else 0,
-        critic=(1 + states) * values,
-        critic_step=values + value_activations,
+        **(dict.fromkeys(kept, 0) if numbers.offload else kept),
+        activations=policy.activations,
+        head=_head(config, numbers, min(head_rows, micro_rows * width), adapters is None),
+        cache=_cache(config, numbers, rollout_rows, width) + packed * policy.parameters * numbers.size,
+        gathered=policy.parameters * numbers.sample_size if sharded and rollout_rows else 0,
+        critic_step=(0 if numbers.offload else of_critic) + (0 if value is None else value.activations),
         # FSDP2 adds them up in the dtype that it reduces in.
-        whole_gradients=keeps_whole * max(size, 4) * (body + (parameters if adapters is None else adapters)),
+        whole_gradients=numbers.keeps_whole * numbers.wide * trained,
+        gathered_parts=max(parts) if sharded else 0,
+        host=numbers.offload * (sum(kept.values()) + of_critic),
     )
 
 
-def _counted(config: Any, dtype: str, rows: int, width: int, checkpointing: bool) -> tuple[int, int]:
-    """Bytes that a micro-batch keeps for its backward pass, recomputation included, and the number of parameters."""
-    activations, parameters = _of_layers(config, dtype, rows, width, False)
-    if checkpointing:
-        # What is kept between layers, and one layer's activations while it is recomputed.
-        one_layer = activations // config.get_text_config().num_hidden_layers
-        activations = one_layer + _of_layers(config, dtype, rows, width, True)[0]
-    return activations, parameters
+def _without_head(counted: Counted, config: Any) -> Counted:
+    """A value model, in which one output per token takes the place of the vocabulary."""
+    text = config.get_text_config()
+    less = 0 if config.tie_word_embeddings else text.vocab_size * text.hidden_size
+    return replace(counted, parameters=counted.parameters - less, outside=counted.outside - less)
 
 
-def _of_layers(config: Any, dtype: str, rows: int, width: int, checkpointing: bool) -> tuple[int, int]:
-    """As :func:`_on_fake_tensors`; where all layers are alike, one and two of them tell what each adds."""
-    layers = config.get_text_config().num_hidden_layers
-    if config.model_type not in ALIKE or len(set(config.layer_types)) > 1:
-        return _on_fake_tensors(config, dtype, rows, width, checkpointing)
-    shallow = [copy.deepcopy(config) for _ in range(2)]
-    for number, cut in enumerate(shallow, 1):
-        cut.num_hidden_layers, cut.layer_types = number, config.layer_types[:number]
-    one, two = (_on_fake_tensors(cut, dtype, rows, width, checkpointing) for cut in shallow)
-    activations, parameters = (a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True))
-    return activations, parameters
+def _kept(
+    policy: Counted, value: Counted | None, numbers: Numbers, states: int, reference: bool, adapters: int | None
+) -> dict[str, int]:
+    """Bytes of what is kept from step to step, by the names of :class:`Memory`, and of the critic's gradients."""
+    weights = trained = numbers.kept(policy.parameters)
+    if adapters is not None:
+        trained = int(adapters * numbers.wide * numbers.share)
+    values = 0 if value is None else numbers.kept(value.parameters)
+    return {
+        "weights": weights if adapters is None else weights + trained,
+        "reference": weights if reference else 0,
+        "gradients": trained,
+        "optimizer": states * trained,
+        "critic": (1 + states) * values,
+        "critic_gradients": values,
+    }
 
 
-def _on_fake_tensors(config: Any, dtype: str, rows: int, width: int, checkpointing: bool) -> tuple[int, int]:
-    """Bytes that a forward pass keeps for the backward pass, and the number of parameters."""
-    kept: dict[int, int] = {}
-    keep_alive: list[torch.Tensor] = []
+def _head(config: Any, numbers: Numbers, rows: int, trained: bool) -> int:
+    """Bytes of the head's chunk of ``rows``, and of the gradient of its weight if that is trained."""
+    text = config.get_text_config()
+    size = 2 if numbers.autocast else numbers.compute_dtype.itemsize
+    weight, narrow = text.vocab_size * text.hidden_size, size if size < 4 else 0
+    chunk = rows * text.vocab_size * (HEAD_COPIES * 4 + NARROW_COPIES * narrow)
+    gradient = weight * (4 + narrow) if trained else 0  # in a narrower dtype a chunk's product stands beside the sum
+    return chunk + gradient + (weight * size if numbers.autocast else 0)
 
-    with FakeTensorMode(), torch.random.fork_rng():
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).train()
-        if checkpointing:
-            recompute_activations(model)
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage.nbytes()
-                keep_alive.append(tensor)  # so that no later storage takes its address
-            return tensor
-
-        ids = torch.zeros(rows, width, dtype=torch.int64)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        keep_alive.append(output)
-        kept[output.untyped_storage()._cdata] = output.untyped_storage().nbytes()
-        parameters = sum(p.numel() for p in model.parameters())
-    return sum(kept.values()), parameters
+def _cache(config: Any, numbers: Numbers, rows: int, width: int) -> int:
+    """Bytes of keys and values of ``rows`` responses, and of what is needed to draw a token for each."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = 2 if numbers.autocast else numbers.sample_size
+    return rows * (width * 2 * text.num_hidden_layers * heads * head_size * size + DRAW_COPIES * 4 * text.vocab_size)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lit_rlvr.activations import Pass
 from lit_rlvr.architectures import known_config, known_models, model_config
-from lit_rlvr.memory import _of_layers, _on_fake_tensors, estimate
+from lit_rlvr.memory import Numbers, estimate
 
 PUBLISHED = {
     "Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-1.7B-Base": 1_720_574_976, "Qwen/Qwen3-4B": 4_022_468_096,
@@ -48,24 +49,22 @@ def test_the_hub_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 @pytest.mark.parametrize(("name", "checkpointing"), [("Qwen/Qwen3-0.6B", False), ("Qwen/Qwen2.5-7B", True)])
 def test_what_two_layers_say_of_all(name: str, checkpointing: bool) -> None:
     """The same numbers to the byte as from the whole model."""
-    config = known_config(name)
-    assert _of_layers(config, "bfloat16", 2, 100, checkpointing) == _on_fake_tensors(
-        config, "bfloat16", 2, 100, checkpointing
-    )
+    config, forward = known_config(name), Pass(2, 100, torch.bfloat16)
+    assert forward._of_layers(config, checkpointing) == forward._on_fake_tensors(config, checkpointing)
 
 
 def test_the_memory_of_a_critic() -> None:
     """A body without a head: weights and two states of the optimizer in rollouts, gradients too in a step."""
     config = known_config("Qwen/Qwen3-8B-Base")
-    without = estimate(config, dtype="bfloat16", micro_rows=1, width=64, rollout_rows=1)
-    memory = estimate(config, dtype="bfloat16", micro_rows=1, width=64, rollout_rows=1, critic=config)
+    without = estimate(config, Numbers("bfloat16"), micro_rows=1, width=64, rollout_rows=1)
+    memory = estimate(config, Numbers("bfloat16"), micro_rows=1, width=64, rollout_rows=1, critic=config)
     body = PUBLISHED["Qwen/Qwen3-8B-Base"] - 151_936 * 4096
     assert memory.critic == 3 * 2 * body
     assert memory.critic_step == 2 * body + memory.activations
     assert memory.rollout == without.rollout + memory.critic
     assert memory.training == without.training + memory.critic + memory.critic_step
     small = estimate(
-        known_config("Qwen/Qwen3-0.6B"), dtype="bfloat16", micro_rows=1, width=64, rollout_rows=1, optimizer="SGD",
-        parameters_on_device=0.5, critic=known_config("Qwen/Qwen3-1.7B"),
+        known_config("Qwen/Qwen3-0.6B"), Numbers("bfloat16", share=0.5), micro_rows=1, width=64, rollout_rows=1,
+        optimizer="SGD", critic=known_config("Qwen/Qwen3-1.7B"),
     )  # fmt: skip
     assert small.critic == PUBLISHED["Qwen/Qwen3-1.7B-Base"]

@@ -15,11 +15,12 @@ from command_line import untouched_process
 from transformers import Qwen3Config
 
 from lit_rlvr.__main__ import main
+from lit_rlvr.architectures import known_config
 from lit_rlvr.credit import CreditCallback
 from lit_rlvr.explain import scope_words
 from lit_rlvr.explain_memory import readable
 from lit_rlvr.facts import Cluster
-from lit_rlvr.memory import estimate
+from lit_rlvr.memory import Numbers, estimate
 from lit_rlvr.settings import Batch
 
 HERE = Path(__file__).parent
@@ -159,7 +160,7 @@ def test_parts_of_the_estimate() -> None:
         vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, tie_word_embeddings=False,
     )  # fmt: skip
-    memory = estimate(config, dtype="bfloat16", micro_rows=1, width=10, rollout_rows=3, reference=True)
+    memory = estimate(config, Numbers("bfloat16"), micro_rows=1, width=10, rollout_rows=3, reference=True)
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64 + 2 * 8 + 2 * 32
     parameters = 2 * 100 * 32 + 2 * layer + 32
     assert (memory.weights, memory.reference, memory.gradients) == (2 * parameters,) * 3
@@ -167,19 +168,47 @@ def test_parts_of_the_estimate() -> None:
     keys_and_values = 3 * 10 * 2 * 2 * 2 * 8 * 2
     assert memory.cache - keys_and_values == 3 * 100 * 4 * 4
     assert memory.rollout == memory.weights + memory.reference + memory.optimizer + memory.cache
-    sharded = estimate(config, dtype="bfloat16", micro_rows=1, width=10, rollout_rows=3, parameters_on_device=0.5)
+    sharded = estimate(config, Numbers("bfloat16", share=0.5), micro_rows=1, width=10, rollout_rows=3)
     assert sharded.weights == parameters
     assert (memory.gathered, sharded.gathered) == (0, 2 * parameters)
     assert sharded.rollout == sharded.weights + sharded.optimizer + sharded.cache + sharded.gathered
     assert sharded.training == sharded.weights + sharded.gradients + sharded.optimizer + (
-        sharded.activations + sharded.head
+        sharded.activations + sharded.head + sharded.gathered_parts
     )
+    assert sharded.gathered_parts == 2 * (2 * 100 * 32 + 32) + 2 * layer * (2 + 4)
+    offloaded = estimate(config, Numbers("bfloat16", share=0.5, offload=True), micro_rows=1, width=10, rollout_rows=3)
+    assert offloaded.host == sharded.weights + sharded.gradients + sharded.optimizer
+    assert offloaded.training == sharded.training - offloaded.host
+    assert offloaded.rollout == sharded.rollout - sharded.weights - sharded.optimizer
+
+
+def test_narrow_weights_narrow_what_is_computed() -> None:
+    """Sharded float32 weights that are computed with in bfloat16: activations and cache are those of bfloat16 ones."""
+    config, sizes = known_config("Qwen/Qwen3-0.6B"), {"micro_rows": 1, "width": 16, "rollout_rows": 3}
+    narrow = estimate(config, Numbers("bfloat16", share=0.5), **sizes)
+    memory = estimate(config, Numbers("float32", "bfloat16", "bfloat16", share=0.5), **sizes)
+    assert memory.weights == 2 * narrow.weights
+    for part in ("activations", "head", "cache", "gathered", "gathered_parts"):
+        assert getattr(memory, part) == getattr(narrow, part)
+    first = estimate(config, Numbers("float32", "bfloat16", share=0.5), **sizes)  # PyTorch's first FSDP
+    assert first.gathered == 2 * memory.gathered
+    assert first.activations == memory.activations
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("mode", ["plain", "checkpointing"])
-@pytest.mark.parametrize("size", ["small", "medium"])
+@pytest.mark.parametrize(
+    ("size", "mode"),
+    [
+        ("small", "plain"),
+        ("small", "checkpointing"),
+        ("medium", "plain"),
+        ("medium", "checkpointing"),
+        ("medium", "bfloat16"),
+        ("medium", "autocast"),
+        ("medium", "sharded"),
+    ],
+)
 def test_the_estimate_is_within_a_quarter_of_the_measured_peak(size: str, mode: str) -> None:
     command = [sys.executable, str(HERE / "memory_probe.py"), size, mode]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}

@@ -18,7 +18,7 @@ from tiny_models import save
 from lit_rlvr import RLVRModule
 from lit_rlvr.export import export
 from lit_rlvr.lora import LoRA, WithoutAdapters, adapter_parameters, adapters_off, tuned_layers
-from lit_rlvr.memory import estimate
+from lit_rlvr.memory import Numbers, estimate
 from lit_rlvr.models import resolve_model
 from lit_rlvr.policy import load_policy
 from lit_rlvr.saving import SavePolicy
@@ -192,8 +192,8 @@ def test_explain_knows_what_adapters_take(lora: LoRA) -> None:
     policy = load_policy(resolve_model(TINY), lora=lora)
     config, trained = policy.hf.config, sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert adapter_parameters(config, lora) == trained
-    sizes: dict[str, Any] = {"dtype": "bfloat16", "micro_rows": 2, "width": 8, "rollout_rows": 2}
+    sizes: dict[str, Any] = {"numbers": Numbers("bfloat16"), "micro_rows": 2, "width": 8, "rollout_rows": 2}
     whole, memory = estimate(config, **sizes), estimate(config, **sizes, adapters=trained)
     assert memory.weights == whole.weights + 4 * trained
     assert (memory.gradients, memory.optimizer) == (4 * trained, 8 * trained)
-    assert whole.head - memory.head == 4 * config.vocab_size * config.hidden_size
+    assert whole.head - memory.head == (4 + 2) * config.vocab_size * config.hidden_size

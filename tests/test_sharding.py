@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lit_rlvr.engines import InProcessEngine, Sampling
 from lit_rlvr.lora import LoRA
-from lit_rlvr.memory import estimate
+from lit_rlvr.memory import Numbers, estimate
 from lit_rlvr.models import resolve_model
 from lit_rlvr.policy import DTYPES, Policy, load_policy
 from lit_rlvr.sharding import (
@@ -148,9 +148,8 @@ def test_gradients_wait_for_the_last_micro_batch(dtype: str, narrow: Literal["bf
             if strategy is last and number < 2:
                 assert all(p.grad is None for p in policy.parameters())
     memory = estimate(
-        policies[0].hf.config, dtype=dtype, micro_rows=1, width=4, rollout_rows=1, parameters_on_device=0.5,
-        keeps_whole=True,
-    )  # fmt: skip
+        policies[0].hf.config, Numbers(dtype, share=0.5, keeps_whole=True), micro_rows=1, width=4, rollout_rows=1
+    )
     assert kept[3:5] == [memory.whole_gradients, 0]
     for one, two in zip(*(policy.parameters() for policy in policies), strict=True):
         # Three numbers of one size are added in another order: two roundings of the dtype that they are added in.
