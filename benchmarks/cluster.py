@@ -13,7 +13,8 @@ from benchmarks.models import SIZES, configuration
 from benchmarks.report import emit
 from benchmarks.settings import Settings
 from benchmarks.step import Asked, run
-from lit_rlvr.cluster import USED, Device, Machines, Work, rollout, training
+from lit_rlvr.cluster import USED, Work, rollout, training
+from lit_rlvr.machines import Device, Machines
 
 
 def work_of(settings: Settings) -> Work:

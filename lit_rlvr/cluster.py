@@ -6,97 +6,36 @@ weights over the network, and handing weights to the engine by the network. Ever
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
+
+from lit_rlvr.machines import Machines
 
 BF16 = 2
 """Bytes of a number: weights and cache of rollouts, and weights as they are gathered."""
 USED = {"multiplications": 0.4, "memory": 0.6, "network": 0.7, "cache": 0.9}
-"""Share of each ceiling that is reached: assumptions. For ``cache``: of the memory that weights leave."""
+"""Share of each ceiling that is reached: assumptions. For ``cache``: of the memory that is left for it."""
+LAUNCHED = 5e-4
+"""Seconds that the kernels of one layer take to be launched, in decoding steps that are not captured: an assumption."""
 
 
 @dataclass(frozen=True)
-class Device:
-    """Ceilings of one device, from its maker's data sheet.
+class Sampler:
+    """How an engine decodes.
 
     Args:
-        flops: Dense bfloat16 operations per second.
-        bandwidth: Bytes per second of its memory.
-        memory: Bytes.
-        link: Bytes per second to devices of the same node, in one direction.
-        network: Bytes per second to other nodes, one adapter per device.
+        words: What it is.
+        most: Responses at a time on one device; null: as many as fit.
+        split: Whether several devices can share one copy of the weights.
+        captured: Whether decoding steps are captured, so that launching kernels costs nothing.
+        beside: Bytes on each device that the engine has to leave alone.
     """
 
-    flops: float
-    bandwidth: float
-    memory: float
-    link: float
-    network: float
-
-
-DEVICES = {
-    "A100": Device(312e12, 2.04e12, 80e9, 300e9, 25e9),
-    "H100": Device(989e12, 3.35e12, 80e9, 450e9, 50e9),
-    "H200": Device(989e12, 4.8e12, 141e9, 450e9, 50e9),
-    "B200": Device(2250e12, 8.0e12, 180e9, 900e9, 50e9),
-}
-
-
-@dataclass(frozen=True)
-class Machines:
-    """Nodes of devices of one kind.
-
-    Args:
-        nodes: Nodes.
-        each: Devices per node.
-        kind: A name in :data:`DEVICES`, or any with ``ceilings``.
-        ceilings: Those of each device; null: what :data:`DEVICES` says of ``kind``.
-
-    Raises:
-        ValueError: For an unknown kind, or none of something.
-    """
-
-    nodes: int
-    each: int
-    kind: str
-    ceilings: Device | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in DEVICES and self.ceilings is None:
-            raise ValueError(f"there are no ceilings for {self.kind!r}; known are {', '.join(DEVICES)}")
-        if self.nodes < 1 or self.each < 1:
-            raise ValueError(f"a cluster has at least one node and one device, got {self.nodes}x{self.each}")
-
-    @classmethod
-    def of(cls, text: str) -> Machines:
-        """Read ``NODESxDEVICESxKIND``.
-
-        Raises:
-            ValueError: When the text is anything else.
-
-        >>> Machines.of("8x8xH100").devices
-        64
-        """
-        found = re.fullmatch(r"(\d+)x(\d+)x(\w+)", text)
-        if found is None:
-            raise ValueError(f"cluster must be NODESxDEVICESxKIND, as in 8x8xH100; got {text!r}")
-        return cls(int(found[1]), int(found[2]), found[3])
-
-    @property
-    def devices(self) -> int:
-        """All devices."""
-        return self.nodes * self.each
-
-    @property
-    def device(self) -> Device:
-        """The ceilings of each."""
-        return self.ceilings or DEVICES[self.kind]
-
-    @property
-    def narrowest(self) -> float:
-        """Bytes per second of the slowest way between two devices."""
-        return self.device.link if self.nodes == 1 else self.device.network
+    words: str = "a serving engine on the same devices"
+    most: int | None = None
+    split: bool = True
+    captured: bool = True
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,38 +126,47 @@ class Stage:
     how: str
 
 
-def stages(work: Work, machines: Machines) -> list[Stage]:
+def stages(work: Work, machines: Machines, sampler: Sampler = Sampler()) -> list[Stage]:
     """The parts of a phase, in order.
 
     Raises:
         ValueError: When a response does not fit on the devices of one node.
     """
-    return [rollout(work, machines), scoring(work, machines), training(work, machines), sync(work, machines)]
+    return [rollout(work, machines, sampler), scoring(work, machines), training(work, machines), sync(work, machines)]
 
 
-def rollout(work: Work, machines: Machines) -> Stage:
+def rollout(work: Work, machines: Machines, sampler: Sampler = Sampler()) -> Stage:
     """Reading each prompt once, and decoding: each replica of the weights, on the fewest devices that hold it, serves
     as many rows as fit.
+
+    Raises:
+        ValueError: When a response does not fit.
     """
     device, whole, row = machines.device, work.parameters * work.size, work.cached * (work.prompt + work.response)
-    for width in (n for n in range(1, machines.each + 1) if machines.each % n == 0):
-        free = USED["cache"] * (width * device.memory - whole)
-        if free >= row and width * device.memory >= 2 * whole:
+    widths = [n for n in range(1, machines.each + 1) if machines.each % n == 0] if sampler.split else [1]
+    for width in widths:
+        room = width * (device.memory - sampler.beside)
+        free = USED["cache"] * (room - whole)
+        if free >= row and (room >= 2 * whole or not sampler.split):
             break
     else:
         raise ValueError(
-            f"{machines.each} x {machines.kind} hold the weights ({whole / 1e9:.0f} GB) and one response "
-            f"({row / 1e9:.0f} GB) with nothing to spare; use a larger node"
+            f"{widths[-1]} x {machines.kind} hold the weights ({whole / 1e9:.0f} GB), a response ({row / 1e9:.0f} GB) "
+            f"and what training keeps ({widths[-1] * sampler.beside / 1e9:.0f} GB) with nothing to spare; use "
+            + ("a larger node" if sampler.split else "an engine that spreads the weights over devices")
         )
     per_replica = -(-work.rows * width // machines.devices)
-    together = min(per_replica, int(free // row))
+    together = min(per_replica, int(free // row), sampler.most or per_replica)
     waves = -(-per_replica // together)
     mean_row = work.cached * (work.prompt + work.response / 2)
     read = (whole + together * mean_row) / (width * device.bandwidth * USED["memory"])
     multiplied = 2.0 * (work.body + work.head) * together / (width * device.flops * USED["multiplications"])
     prompts = work.prompts * work.layers_forward(work.prompt) / (machines.devices * _multiplied(machines))
-    seconds = prompts + work.response * waves * max(read, multiplied)
-    bound = "memory bandwidth" if read >= multiplied else "multiplications"
+    bounds = {"memory bandwidth": read, "multiplications": multiplied}
+    if not sampler.captured:
+        bounds["launching kernels"] = LAUNCHED * work.layers
+    bound = max(bounds, key=lambda name: bounds[name])
+    seconds = prompts + work.response * waves * bounds[bound]
     how = f"replicas of {width} device(s), {together} responses at a time, {waves} wave(s)"
     return Stage("rollout", seconds, bound, (whole + together * row) / width, how)
 
@@ -246,34 +194,37 @@ def sync(work: Work, machines: Machines) -> Stage:
     return Stage("sync", seconds, "network", None, "all weights once")
 
 
-def estimate_lines(work: Work, machines: Machines, training_memory: float) -> list[str]:
+def estimate_lines(work: Work, machines: Machines, training_memory: float, sampler: Sampler = Sampler()) -> list[str]:
     """Seconds and memory of each part of a phase, their sum, and everything that was assumed.
 
     Args:
         work: What the phase has to do.
         machines: Where.
         training_memory: Bytes that an optimiser step takes on one device.
+        sampler: The engine.
     """
-    parts = stages(work, machines)
+    parts = stages(work, machines, sampler)
     lines = []
     for part in parts:
         size = training_memory if part.name == "training" else part.memory
         held = "" if size is None else f"{size / 2**30:.0f} GiB of a device, "
         lines.append(f"{part.name:<9} {part.seconds:>8,.0f} s  {held}{part.how}; bound by {part.bound}")
+        if size is not None and size > machines.device.memory:
+            lines.append(f"{'':<9} that is more than the {machines.device.memory / 2**30:.0f} GiB that a device has")
     total = sum(part.seconds for part in parts)
-    return [*lines, f"{'a phase':<9} {total:>8,.0f} s", *assumptions(work, machines)]
+    return [*lines, f"{'a phase':<9} {total:>8,.0f} s", *assumptions(work, machines, sampler)]
 
 
-def assumptions(work: Work, machines: Machines) -> list[str]:
+def assumptions(work: Work, machines: Machines, sampler: Sampler = Sampler()) -> list[str]:
     """Everything that went in beside the configuration."""
+    launched = "" if sampler.captured else f"; {LAUNCHED * 1e3:g} ms to launch the kernels of a layer"
     d, shares = machines.device, ", ".join(f"{share:.0%} of {name}" for name, share in USED.items())
     return [
         f"{machines.kind}: {d.flops / 1e12:.0f} TFLOP/s bfloat16, {d.bandwidth / 1e12:.2f} TB/s and "
         f"{d.memory / 1e9:.0f} GB of memory, {d.link / 1e9:.0f} GB/s within a node, {d.network / 1e9:.0f} GB/s between",
-        f"reached: {shares}; assumed, not measured",
+        f"reached: {shares}{launched}; assumed, not measured",
         f"every response takes {work.response} tokens, the limit; shorter ones take less, uneven ones idle",
-        "rollouts by a serving engine on the same devices, which reads each prompt once for all of its responses; its "
-        "log-probabilities are scored again before learning",
+        f"rollouts by {sampler.words}, which reads each prompt once for all of its responses",
         "one round of sampling; rollouts, scoring and training one after the other; the verifier takes no time",
         "every response token goes through the head, chosen or not; moving weights overlaps with multiplications",
     ]

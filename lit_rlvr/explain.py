@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from lit_rlvr.cluster import Machines, Work, estimate_lines
+from lit_rlvr.cluster import Sampler, Work, estimate_lines
 from lit_rlvr.credit import CreditCallback, all_callbacks, credit_chain, describe_chain
-from lit_rlvr.engines import VLLMColocatedEngine, VLLMInProcessEngine
+from lit_rlvr.engines import InProcessEngine, VLLMColocatedEngine, VLLMInProcessEngine
 from lit_rlvr.explain_memory import keeps_whole, memory_of, memory_table, micro_rows, own_rows
 from lit_rlvr.facts import Cluster, Facts
-from lit_rlvr.sharding import compute_precision
+from lit_rlvr.machines import Machines
+from lit_rlvr.memory import Memory
+from lit_rlvr.sharding import FSDP2Strategy, compute_precision
 
 
 def explain(
@@ -31,11 +34,13 @@ def explain(
     """
     if machines is not None:
         cluster = Cluster(machines.devices, sharded=True)
+    elif isinstance(asked.get("strategy"), FSDP2Strategy):
+        asked["strategy"].check_devices(cluster.devices)
     out = Console(highlight=False, soft_wrap=True)
     chain = credit_chain(all_callbacks(trainer))
     facts = Facts.of(module, data)
     for title, lines in (
-        ("Not known here", facts.notes),
+        ("Not known here", [*facts.notes, *unknown_devices(asked, machines)]),
         ("Phase", phase_lines(module, facts, asked)),
         ("Devices", device_lines(module, cluster, facts, asked)),
         ("Algorithm", algorithm_lines(module)),
@@ -52,8 +57,20 @@ def explain(
     out.print(memory_table(memory))
     if machines is not None:
         out.print(f"[bold]A phase on {machines.nodes} x {machines.each} {machines.kind}, estimated[/bold]")
-        for line in estimate_lines(work_of(module, chain, cluster, facts), machines, memory.training):
+        work, sampler = work_of(module, chain, cluster, facts), sampler_of(module, cluster, memory)
+        for line in estimate_lines(work, machines, memory.training, sampler):
             out.print(f"  {line}", markup=False)
+
+
+def unknown_devices(asked: dict[str, Any], machines: Machines | None) -> list[str]:
+    """A sentence where the number of devices is for the machine to say.
+
+    >>> unknown_devices({"devices": 2}, None)
+    []
+    """
+    if machines is not None or str(asked.get("devices")) not in ("auto", "-1"):
+        return []
+    return [f"devices {asked['devices']} is what the run finds; here it counts as 1, so say a number"]
 
 
 def phase_lines(module: Any, facts: Facts, asked: dict[str, Any]) -> list[str]:
@@ -150,8 +167,20 @@ def algorithm_lines(module: Any) -> list[str]:
 
 
 def chain_lines(module: Any, chain: list[CreditCallback]) -> list[str]:
-    """On what each callback acts, and what that costs."""
-    return [f"{callback.state_key} ({', '.join(scope_words(module, callback))})" for callback in chain]
+    """Options of each callback, on what it acts, and what that costs."""
+    return [f"{c.state_key}({options(c)}): {', '.join(scope_words(module, c))}" for c in chain]
+
+
+def options(callback: CreditCallback) -> str:
+    """Those that a callback was made with and keeps under their own names, apart from what is said elsewhere.
+
+    >>> from lit_rlvr.credit import CreditCallback
+    >>> options(CreditCallback())
+    ''
+    """
+    names = [name for name in inspect.signature(type(callback)).parameters if name not in ("name", "stages", "scope")]
+    found = {name: getattr(callback, name, None) for name in names}
+    return ", ".join(f"{name}={value!r}" for name, value in found.items() if value is not None)
 
 
 def scope_words(module: Any, callback: CreditCallback) -> list[str]:
@@ -207,6 +236,19 @@ def evaluation_lines(module: Any, facts: Facts, asked: dict[str, Any]) -> list[s
         lines.append(f"reported for each set and as their mean: {', '.join(sets)}")
     interval = asked.get("val_check_interval")
     return [*lines, f"before and after training, and every {interval} optimiser steps"]
+
+
+def sampler_of(module: Any, cluster: Cluster, memory: Memory) -> Sampler:
+    """How the run's engine decodes, for an estimate of its time."""
+    kept, engine = memory.weights + memory.reference + memory.optimizer + memory.critic, module.engine
+    if isinstance(engine, InProcessEngine):
+        captured = engine.graphs is not False and not (cluster.sharded and cluster.devices > 1)
+        return Sampler("the policy itself, in every process", engine.max_rows, False, captured, kept)
+    if isinstance(engine, VLLMInProcessEngine):
+        return Sampler("a vLLM in every process", None, False, True, kept)
+    if isinstance(engine, VLLMColocatedEngine):
+        return Sampler("vLLM servers on the same devices", None, True, True, kept)
+    return Sampler("vLLM servers, as if on the same devices")
 
 
 def work_of(module: Any, chain: list[CreditCallback], cluster: Cluster, facts: Facts) -> Work:

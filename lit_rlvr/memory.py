@@ -212,7 +212,7 @@ def _head(config: Any, numbers: Numbers, rows: int, trained: bool) -> int:
     text = config.get_text_config()
     size = 2 if numbers.autocast else numbers.compute_dtype.itemsize
     weight, narrow = text.vocab_size * text.hidden_size, size if size < 4 else 0
-    chunk = rows * text.vocab_size * (HEAD_COPIES * 4 + NARROW_COPIES * narrow)
+    chunk: int = rows * text.vocab_size * (HEAD_COPIES * 4 + NARROW_COPIES * narrow)
     gradient = weight * (4 + narrow) if trained else 0  # in a narrower dtype a chunk's product stands beside the sum
     return chunk + gradient + (weight * size if numbers.autocast else 0)
 
@@ -223,4 +223,5 @@ def _cache(config: Any, numbers: Numbers, rows: int, width: int) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = 2 if numbers.autocast else numbers.sample_size
-    return rows * (width * 2 * text.num_hidden_layers * heads * head_size * size + DRAW_COPIES * 4 * text.vocab_size)
+    of_row: int = width * 2 * text.num_hidden_layers * heads * head_size * size
+    return rows * (of_row + DRAW_COPIES * 4 * int(text.vocab_size))

@@ -69,13 +69,21 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
         self.param_dtype, self.cpu_offload, self.sync = param_dtype, cpu_offload, sync
 
-    def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        if self.sync == "last" and self._data_parallel_size == 1:
+    def check_devices(self, number: int) -> None:
+        """Refuse what makes no sense on so many devices.
+
+        Raises:
+            ValueError: For ``sync: last`` on one.
+        """
+        if self.sync == "last" and number == 1:
             raise ValueError(
                 "trainer.strategy.sync: last spares a single device nothing, because its gradients are whole; leave it "
                 "at each"
             )
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self.check_devices(self._data_parallel_size)
         super().setup_environment()
 
     def model_to_device(self) -> None:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3Config
 
-from lit_rlvr.cluster import DEVICES, USED, Device, Machines, Work, rollout, scoring, stages, sync, training
+from lit_rlvr.cluster import LAUNCHED, USED, Sampler, Work, rollout, scoring, stages, sync, training
+from lit_rlvr.machines import DEVICES, Device, Machines
 
 WORK = Work(
     parameters=10**9, body=8 * 10**8, head=10**8, layers=10, attention=100, cached=1000, rows=64, prompts=8, prompt=100,
@@ -109,6 +110,31 @@ def test_rows_that_do_not_fit_come_in_waves() -> None:
     assert part.how == "replicas of 1 device(s), 2 responses at a time, 32 wave(s)"
     prompts = 8 * (2 * 8e8 * 100 + 2 * 10 * 100 * 100**2) / 1e12
     assert part.seconds == pytest.approx(prompts + 900 * 32 * (2e9 + 2 * 3e6 * 550) / 1e12)
+
+
+@pytest.mark.usefixtures("plain")
+def test_an_engine_decodes_in_its_own_way() -> None:
+    """Few rows at a time take more waves; kernels take time to launch; what training keeps leaves less memory."""
+    prompts = 8 * (2 * 8e8 * 100 + 2 * 10 * 100 * 100**2) / 1e12
+    few = rollout(WORK, ONE, Sampler(most=4))
+    assert few.how == "replicas of 1 device(s), 4 responses at a time, 16 wave(s)"
+    slow = rollout(WORK, ONE, Sampler(captured=False))
+    assert slow.bound == "multiplications"  # 115 ms a step, against 10 layers
+    slow = rollout(replace(WORK, layers=1000, attention=0), ONE, Sampler(captured=False))
+    assert slow.bound == "launching kernels"
+    assert slow.seconds == pytest.approx(8 * 2 * 8e8 * 100 / 1e12 + 900 * 1000 * LAUNCHED)
+    long = replace(WORK, cached=3_000_000)
+    assert rollout(long, ONE, Sampler(beside=3 * 10**9)).how.startswith("replicas of 1 device(s), 1 responses")
+    assert prompts < few.seconds
+
+
+@pytest.mark.usefixtures("plain")
+def test_an_engine_in_process_has_one_device_for_each_copy() -> None:
+    with pytest.raises(ValueError, match="use an engine that spreads the weights over devices"):
+        rollout(replace(WORK, parameters=20 * 10**9), MANY, Sampler(split=False))
+    tight = replace(WORK, parameters=3 * 10**9)
+    assert rollout(tight, MANY).how.startswith("replicas of 2 device(s)")
+    assert rollout(tight, MANY, Sampler(split=False)).how.startswith("replicas of 1 device(s)")
 
 
 @pytest.mark.usefixtures("plain")

@@ -102,6 +102,19 @@ def test_whole_gradients_are_explained(capsys: pytest.CaptureFixture[str]) -> No
     assert "averaged after the last of them, and whole on each device until then (sync: last)" in out
     assert "whole gradients, between micro-batches 590.0 KiB" in " ".join(out.split())
     assert "whole gradients" not in explained(capsys, *sharded, last)
+    one = "--trainer.devices=1"
+    assert main(["explain", "--config", str(CONFIGS / "quickstart.yaml"), *sharded, last, one]) == 2
+    assert "sync: last spares a single device nothing" in capsys.readouterr().err
+
+
+def test_what_the_run_will_find_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "devices auto is what the run finds; here it counts as 1" in explained(capsys, "--trainer.devices=auto")
+
+
+def test_callbacks_are_told_apart_by_their_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two arms of an ablation do not look alike."""
+    out = explained(capsys)
+    assert "EntropyTopK(rho=0.2, select='top', normalize='selected', preset='invariant'" in out
 
 
 def test_what_a_phase_costs_beside_learning(capsys: pytest.CaptureFixture[str]) -> None:
