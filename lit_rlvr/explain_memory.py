@@ -11,6 +11,7 @@ from rich.table import Table
 from lit_rlvr.engines import InProcessEngine
 from lit_rlvr.facts import Cluster, Facts
 from lit_rlvr.fsdp1 import FSDP1Strategy
+from lit_rlvr.head import CHUNK_ROWS
 from lit_rlvr.lora import adapter_parameters
 from lit_rlvr.memory import Memory, Numbers, estimate
 from lit_rlvr.settings import Batch
@@ -37,6 +38,7 @@ def memory_of(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, Any]
         micro_rows=micro_rows(module, cluster, width),
         width=width,
         rollout_rows=min(own, most),
+        head_rows=CHUNK_ROWS["cuda" if on_gpu(asked) else "cpu"],
         optimizer=type(probe).__name__,
         reference=module.kl is not None and (module.lora is None or module.reference_path is not None),
         gradient_checkpointing=module.gradient_checkpointing,
@@ -58,7 +60,13 @@ def numbers(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, Any]) 
         share=1 / cluster.devices if cluster.sharded else 1.0,
         offload=isinstance(strategy, FSDP2Strategy) and strategy.cpu_offload,
         keeps_whole=keeps_whole(module, cluster, facts, asked),
+        widens=on_gpu(asked),
     )
+
+
+def on_gpu(asked: dict[str, Any]) -> bool:
+    """Whether the run asks for NVIDIA's GPUs."""
+    return str(asked.get("accelerator")) in ("cuda", "gpu")
 
 
 def packs(module: Any, asked: dict[str, Any]) -> bool:

@@ -20,9 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_rlvr.logits import LogitTransform
+from lit_rlvr.products import add_wide_product, wide_product, widens
 
-CHUNK_ROWS = 256
-"""Rows of logits held at a time; their memory is a few times rows x vocabulary x 4 bytes."""
+CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
+"""Rows of logits held at a time, by the kind of device; their memory is a few times rows x vocabulary x 4 bytes.
+
+Each chunk reads and writes the gradient of the whole weight, which on a GPU takes as long as the products of so many
+rows."""
 
 
 class TokenLoss(Protocol):
@@ -57,14 +61,15 @@ class _Head(NamedTuple):
     targets: Tensor
     transform: LogitTransform
     chunk: int
+    widens: bool
 
     def chunks(self) -> Iterator[_Chunk]:
         """The chunks, one after the other; each takes the memory of the one before."""
         rows = len(self.targets)
         # Of even size: a small last chunk would make thin matrix products.
         size = -(-rows // max(1, -(-rows // self.chunk)))
-        logits = self.weight.new_empty(size, len(self.weight))
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        logits = self.weight.new_empty(size, len(self.weight), dtype=wide if self.widens else None)
         exponentials, products = (torch.empty_like(logits, dtype=wide) for _ in range(2))
         for start in range(0, rows, max(1, size)):
             part = slice(start, min(start + size, rows))
@@ -82,6 +87,9 @@ class _Head(NamedTuple):
 
     def _raw(self, part: slice, out: Tensor) -> Tensor:
         """Raw logits of the rows ``part``, written to ``out``."""
+        if self.widens:
+            raw = wide_product(self.hidden[part], self.weight.T, out)
+            return raw if self.bias is None else raw.add_(self.bias)
         if self.bias is None:
             return torch.mm(self.hidden[part], self.weight.T, out=out)
         return torch.addmm(self.bias, self.hidden[part], self.weight.T, out=out)
@@ -120,7 +128,9 @@ class _Gradients:
         if self.hidden is not None:
             self.hidden[part] = narrow @ self.head.weight
         if self.weight is not None:
-            if self.weight.dtype == narrow.dtype:
+            if self.head.widens:
+                add_wide_product(self.weight, narrow.T, self.head.hidden[part], keep=self.begun)
+            elif self.weight.dtype == narrow.dtype:
                 self.weight.addmm_(narrow.T, self.head.hidden[part], beta=int(self.begun))
             elif self.begun:
                 self.weight += narrow.T @ self.head.hidden[part]
@@ -132,14 +142,16 @@ class _Gradients:
 
 
 def _prepare(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform, chunk: int
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform, chunk: int | None
 ) -> _Head:
     """Detach, and cast to autocast's dtype where autocast is on (inside a custom function it casts nothing itself)."""
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     cast_bias = None if bias is None else bias.detach().to(dtype)
-    return _Head(hidden.detach().to(dtype), weight.detach().to(dtype), cast_bias, targets, transform, chunk)
+    cast = weight.detach().to(dtype)
+    chunk = chunk or CHUNK_ROWS.get(device, CHUNK_ROWS["cpu"])
+    return _Head(hidden.detach().to(dtype), cast, cast_bias, targets, transform, chunk, widens(cast))
 
 
 def _returned(grads: _Gradients, like: tuple[Any, ...], factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -160,7 +172,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         transform: LogitTransform,
-        chunk: int,
+        chunk: int | None,
     ) -> tuple[Tensor, Tensor]:
         head = _prepare(hidden, weight, bias, targets, transform, chunk)
         wide = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
@@ -195,7 +207,7 @@ class _SelectedLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         transform: LogitTransform,
-        chunk: int,
+        chunk: int | None,
         token_loss: TokenLoss,
     ) -> Tensor:
         head = _prepare(hidden, weight, bias, targets, transform, chunk)
@@ -239,7 +251,7 @@ def chunked_logprobs(
     *,
     bias: Tensor | None = None,
     transform: LogitTransform = LogitTransform(),
-    chunk: int = CHUNK_ROWS,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of ``targets`` and entropies, both differentiable.
 
@@ -249,7 +261,7 @@ def chunked_logprobs(
         targets: Token ids [M].
         bias: Head bias [V], if the model has one.
         transform: Scaling, soft-cap and temperature.
-        chunk: Rows of logits held at a time.
+        chunk: Rows of logits held at a time; None: :data:`CHUNK_ROWS`.
 
     Returns:
         Log-probabilities [M] and entropies [M] in nats; float32, or float64 for a float64 head.
@@ -266,7 +278,7 @@ def selected_loss(
     *,
     bias: Tensor | None = None,
     transform: LogitTransform = LogitTransform(),
-    chunk: int = CHUNK_ROWS,
+    chunk: int | None = None,
 ) -> Tensor:
     """Sum of ``token_loss`` over the given rows; its gradient is taken chunk by chunk in the forward pass.
 
@@ -277,7 +289,7 @@ def selected_loss(
         token_loss: The token-separable loss; called once per chunk, in order.
         bias: Head bias [V], if the model has one.
         transform: Scaling, soft-cap and temperature.
-        chunk: Rows of logits held at a time.
+        chunk: Rows of logits held at a time; None: :data:`CHUNK_ROWS`.
 
     Returns:
         A scalar that is connected to ``hidden`` and ``weight`` even for M = 0.

@@ -20,7 +20,7 @@ STATES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop":
 HEAD_COPIES, DRAW_COPIES = 3, 4
 """Float32 [rows, vocabulary] tensors alive at once: in the head's chunk, and when a token is drawn."""
 NARROW_COPIES = 2
-"""As many in a narrower dtype, where the head computes in one: logits, and their gradient."""
+"""As many in a narrower dtype, where the head computes in one: their gradient, and the logits if they are rounded."""
 GATHERED_LAYERS = 2
 """Decoder layers of a sharded model that are whole at a time: the one at work and the next, which is on its way; and
 as many gradients, in the dtype that they are averaged in."""
@@ -92,6 +92,7 @@ class Numbers:
             sharded strategy.
         offload: Whether that share waits in the memory of the CPU.
         keeps_whole: Whether a sharded policy and critic keep whole gradients between micro-batches.
+        widens: Whether the device gives products of narrow matrices in float32.
     """
 
     dtype: str = "float32"
@@ -101,6 +102,7 @@ class Numbers:
     share: float = 1.0
     offload: bool = False
     keeps_whole: bool = False
+    widens: bool = False
 
     @property
     def size(self) -> int:
@@ -134,7 +136,7 @@ def estimate(
     micro_rows: int,
     width: int,
     rollout_rows: int,
-    head_rows: int = CHUNK_ROWS,
+    head_rows: int = CHUNK_ROWS["cpu"],
     optimizer: str = "AdamW",
     reference: bool = False,
     gradient_checkpointing: bool = False,
@@ -212,8 +214,9 @@ def _head(config: Any, numbers: Numbers, rows: int, trained: bool) -> int:
     text = config.get_text_config()
     size = 2 if numbers.autocast else numbers.compute_dtype.itemsize
     weight, narrow = text.vocab_size * text.hidden_size, size if size < 4 else 0
-    chunk: int = rows * text.vocab_size * (HEAD_COPIES * 4 + NARROW_COPIES * narrow)
-    gradient = weight * (4 + narrow) if trained else 0  # in a narrower dtype a chunk's product stands beside the sum
+    chunk: int = rows * text.vocab_size * (HEAD_COPIES * 4 + (NARROW_COPIES - numbers.widens) * narrow)
+    beside = 0 if numbers.widens else narrow  # a chunk's product in a narrower dtype stands beside the sum
+    gradient = weight * (4 + beside) if trained else 0
     return chunk + gradient + (weight * size if numbers.autocast else 0)
 
 

@@ -13,6 +13,7 @@ from lit_rlvr.head import TokenLoss, chunked_logprobs, selected_loss
 from lit_rlvr.layout import Layout, check_packs, choose_layout
 from lit_rlvr.logits import LogitTransform, logit_transform
 from lit_rlvr.lora import LoRA, add_adapters, base_of, merge_folder
+from lit_rlvr.products import head_logits
 from lit_rlvr.segments import Pack, hidden_states
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -101,8 +102,7 @@ class Policy(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        head: Any = self.hf.get_output_embeddings()
-        return self.transform(head(out.last_hidden_state[:, -1]))
+        return self.transform(head_logits(self.hf.get_output_embeddings(), out.last_hidden_state[:, -1]))
 
     def _at(self, temperature: float) -> LogitTransform:
         return LogitTransform(self.transform.scale, self.transform.softcap, temperature)
