@@ -42,7 +42,7 @@ class InProcessEngine(Engine):
             values then get room for 256 tokens more at a time, not 64, but never for more than rows can take. Null: on
             a CUDA device, where the model allows it: not with sliding windows, a dynamic rotary embedding, or weights
             that are spread over devices. Each rollout compares a step with the same step without graphs, and goes on
-            without them if they differ.
+            without them, with a warning, if they differ. If CUDA cannot capture them, the same, or with true an error.
 
     Raises:
         ValueError: For ``max_rows`` below 1.
@@ -100,13 +100,13 @@ class InProcessEngine(Engine):
         else:
             Scheduler(policy, reach, prompts, samples, self.max_rows, out, recorder).run()
 
-    def _recorder(self, policy: Policy, reach: list[int | None] | None) -> Callable[[], Recorder] | None:
+    def _recorder(self, policy: Policy, reach: list[int | None] | None) -> Callable[[str], Recorder] | None:
         """Makes what captures steps; None: they are not captured."""
         if self.graphs is False:
             return None
         reason = why_not(policy, reach)
         if reason is None:
-            return partial(CudaRecorder, policy.device)
+            return partial(CudaRecorder, policy.device, bool(self.graphs))
         if self.graphs:
             raise ValueError(f"engine.graphs: true is not possible: {reason}; leave it null")
         return None
