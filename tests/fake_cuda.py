@@ -24,12 +24,13 @@ class FakeCuda:
 
     Args:
         change: Undoes it.
-        fails: What a capture's end raises, whatever has been captured.
+        fails: What a capture's end raises, whatever has been captured; or its beginning.
+        at_once: Whether it is the beginning.
     """
 
-    def __init__(self, change: pytest.MonkeyPatch, fails: Exception | None = None) -> None:
+    def __init__(self, change: pytest.MonkeyPatch, fails: Exception | None = None, at_once: bool = False) -> None:
         self.log: list[str] = []
-        self.fails = fails
+        self.fails, self.at_once = fails, at_once
         self.capturing, self.invalid, self.mode = False, False, 1
         stream = partial(SimpleNamespace, device=torch.device("cuda", 0))
         self.main, self.side = (
@@ -96,16 +97,17 @@ class Graph:
         asked = SIGNATURE.bind(self, *args, **kwargs).arguments
         assert (asked["pool"], asked["capture_error_mode"]) == ((0, 1), "thread_local")
         assert self.cuda.current is self.cuda.side
-        self.cuda.capturing, self.cuda.invalid = True, False
         self.cuda.log.append("begin")
+        if self.cuda.fails is not None and self.cuda.at_once:
+            raise self.cuda.fails
+        self.cuda.capturing, self.cuda.invalid = True, False
 
     def capture_end(self) -> None:
         """End it."""
         assert self.cuda.current is self.cuda.side
-        assert self.cuda.capturing
-        self.cuda.capturing = False
+        began, self.cuda.capturing = self.cuda.capturing, False
         self.cuda.log.append("end")
-        if self.cuda.invalid:
+        if self.cuda.invalid or not began:
             raise RuntimeError("operation failed due to a previous error during capture")
         if self.cuda.fails is not None:
             raise self.cuda.fails

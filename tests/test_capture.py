@@ -85,9 +85,10 @@ def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch, way: str, require
     assert cuda.log.count("allocator: end") == told
 
 
-def test_a_capture_whose_end_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_capture_that_does_not_begin_or_end(monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
     """As when a graph is too large to be made executable."""
-    cuda = FakeCuda(monkeypatch, RuntimeError("CUDA error: out of memory"))
+    cuda = FakeCuda(monkeypatch, RuntimeError("CUDA error: out of memory"), at_once)
     with pytest.raises(CaptureError, match=r"\(CUDA error: out of memory\)"):
         recorder().record(lambda: None)
     assert cuda.untouched()

@@ -85,9 +85,9 @@ class CudaRecorder:
             torch.cuda.empty_cache()  # while it captures, the allocator takes nothing of what it keeps for others
             self.empty = False
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as a loader's or NCCL's, may go on using the device.
-        graph.capture_begin(self.pool, capture_error_mode="thread_local")
         try:
+            # Other threads, such as a loader's or NCCL's, may go on using the device.
+            graph.capture_begin(self.pool, capture_error_mode="thread_local")
             run()
         except BaseException:
             with suppress(RuntimeError):
