@@ -180,8 +180,10 @@ def test_nor_does_one_that_fails(fails: str, monkeypatch: pytest.MonkeyPatch) ->
     elif fails == "capture":
         monkeypatch.setattr(DrawGraphs, "_draw", never)
     else:
-        first = scheduling.prefill
-        monkeypatch.setattr(scheduling, "prefill", lambda *args: never() if len(watch.made) == 3 else first(*args))
+        first = scheduling.Scheduler._prefill
+        monkeypatch.setattr(
+            scheduling.Scheduler, "_prefill", lambda *args: never() if len(watch.made) == 3 else first(*args)
+        )
     try:
         InProcessEngine(6, pack_weights=False).generate(policy, TOKENIZER, PROMPTS, UID, LONG, 7)
     except FloatingPointError:

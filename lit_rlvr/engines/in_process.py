@@ -42,10 +42,12 @@ class InProcessEngine(Engine):
             values then get room for 256 tokens more at a time, not 64, but never for more than rows can take. Null: on
             a CUDA device, where the model allows it: not with sliding windows, a dynamic rotary embedding, or weights
             that are spread over devices. Each rollout compares a step with the same step without graphs, and goes on
-            without them, with a warning, if they differ. If CUDA cannot capture them, the same, or with true an error.
+            without them if they differ.
 
     Raises:
         ValueError: For ``max_rows`` below 1.
+        RuntimeError: With ``graphs: true``, when CUDA cannot capture; with null this is a warning, and the rollout goes
+            on without graphs.
     """
 
     def __init__(self, max_rows: int = 256, pack_weights: bool = True, graphs: bool | None = None) -> None:
