@@ -37,9 +37,9 @@ class Recorders:
     def __init__(self) -> None:
         self.made: list[TapeRecorder] = []
 
-    def __call__(self) -> TapeRecorder:
+    def __call__(self, purpose: str = "") -> TapeRecorder:
         """One more."""
-        self.made.append(TapeRecorder())
+        self.made.append(TapeRecorder(purpose))
         return self.made[-1]
 
 
@@ -64,7 +64,9 @@ def step(policy: Policy, captured: bool, columns: int = 5, recorder: Any = TapeR
     steps = StepGraphs(policy, cache, logits, recorder)
     for _ in range(columns):
         if captured:
-            logits = steps.next_logits(token, position)
+            taken = steps.next_logits(token, position)
+            assert taken is not None
+            logits = taken
         else:
             longest = int(position.max())
             seen = torch.arange(longest + 1) >= (longest - position)[:, None]

@@ -81,7 +81,8 @@ class Tape(TorchDispatchMode):
 class TapeRecorder:
     """A recorder whose tapes share memory, as graphs of one pool do."""
 
-    def __init__(self) -> None:
+    def __init__(self, purpose: str = "") -> None:
+        self.purpose = purpose
         self.tapes: list[Tape] = []
         self.replays = 0
 

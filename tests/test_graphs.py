@@ -125,8 +125,10 @@ def test_each_width_has_memory_of_its_own() -> None:
     _, scheduler = schedule(make_policy(), recorders, 3)
     assert scheduler.graphs is not None
     steps, draws = scheduler.graphs.graphs, cast(DrawGraphs, scheduler.out.drawer).graphs
+    assert draws is not None
     assert steps.captures + draws.captures == sum(len(recorder.tapes) for recorder in recorders.made)
     assert recorders.made[-1] is steps.recorder
+    assert {recorder.purpose for recorder in recorders.made} == {"decoding steps", "draws of tokens"}
     assert len(steps.recorder.tapes) == len(steps.replays) < steps.captures
 
 
@@ -160,6 +162,7 @@ def test_draws_of_every_kind(more: dict[str, Any]) -> None:
         wanted = draw_named(logits, name, sampling, 9)
         for given_as in (logits, memory[:rows].copy_(logits)):
             assert all(torch.equal(*pair) for pair in zip(draws(given_as, name, sampling, 9), wanted, strict=True))
+    assert draws.graphs is not None
     assert draws.graphs.captures == 1
 
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +13,7 @@ from test_scheduler import LONG, PROMPTS, SAMPLES, TOKENIZER, UID, make_policy, 
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lit_rlvr.engines import InProcessEngine, capture, graphs, in_process
+from lit_rlvr.engines import InProcessEngine, graphs, in_process
 from lit_rlvr.engines.capture import CudaRecorder
 from lit_rlvr.engines.decoding import Output
 from lit_rlvr.engines.graphs import why_not
@@ -31,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("unread")
 def test_the_engine_takes_graphs_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """On what it takes for a CUDA device, unless told not to; the weights of each rollout are its own."""
     policy, recorders = make_policy(), Recorders()
-    monkeypatch.setattr(in_process, "CudaRecorder", lambda device: recorders())
+    monkeypatch.setattr(in_process, "CudaRecorder", lambda device, required, purpose: recorders())
     monkeypatch.setattr(in_process, "why_not", lambda policy, windows: None)
     monkeypatch.setattr(in_process, "packed_linears", lambda policy: narrowed_linears(policy, policy.device))
     engine = InProcessEngine(6)
@@ -114,61 +109,6 @@ def test_one_read_per_step() -> None:
     assert left
 
 
-class FakeCuda:
-    """Writes down what is asked of CUDA, with torch's own signatures."""
-
-    def __init__(self, change: pytest.MonkeyPatch, fails: bool = False) -> None:
-        self.log: list[str] = []
-        self.fails, self.bind = fails, inspect.signature(torch.cuda.graph).bind
-        stream = partial(SimpleNamespace, device=torch.device("cuda", 0))
-        self.main, self.side = (
-            stream(name=name, wait_stream=lambda other, name=name: self.log.append(f"{name} waits for {other.name}"))
-            for name in ("main", "side")
-        )
-        for name, value in {
-            "graph_pool_handle": lambda: (0, 1),
-            "current_stream": lambda device: self.main,
-            "stream": lambda stream: self.inside(stream.name),
-            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.log.append("replay")),
-            "graph": self.graph,
-        }.items():
-            change.setattr(torch.cuda, name, value)
-        change.setattr(capture, "_side_stream", lambda device: self.side)
-
-    @contextmanager
-    def inside(self, name: str) -> Iterator[None]:
-        """One of the contexts."""
-        self.log.append(f"on {name}")
-        yield
-        self.log.append(f"off {name}")
-
-    def graph(self, *args: Any, **kwargs: Any) -> Any:
-        """Begin to capture."""
-        asked = self.bind(*args, **kwargs).arguments
-        assert (asked["pool"], asked["stream"], asked["capture_error_mode"]) == ((0, 1), self.side, "thread_local")
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return self.inside("capture")
-
-
-def test_what_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A first run beside the main stream, which waits for it, and then the capture on the same stream."""
-    cuda = FakeCuda(monkeypatch)
-    replay = CudaRecorder(torch.device("cuda")).record(lambda: cuda.log.append("run"))
-    warm = ["side waits for main", "on side", "run", "off side", "main waits for side"]
-    assert cuda.log == [*warm, "on capture", "run", "off capture"]
-    replay()
-    assert cuda.log[-1] == "replay"
-
-
-def test_a_failed_capture_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cause stays with it."""
-    FakeCuda(monkeypatch, fails=True)
-    with pytest.raises(RuntimeError, match=r"model\.engine\.graphs: false decodes without") as found:
-        CudaRecorder(torch.device("cuda")).record(lambda: None)
-    assert "not permitted" in str(found.value.__cause__)
-
-
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -191,7 +131,7 @@ def test_waits_on_a_cuda_device() -> None:
     policy = make_policy().cuda()
     ends = in_process.end_tokens(policy, TOKENIZER)
     out = Output(TOKENIZER, ends, UID.cuda(), LONG, 7)
-    recorder = partial(CudaRecorder, policy.device)
+    recorder = partial(CudaRecorder, policy.device, True)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -7,6 +7,7 @@ in slots that are not in use.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from lit_rlvr.engines.capture import Recorder
+from lit_rlvr.engines.capture import CaptureError, Recorder
 from lit_rlvr.engines.graphs import RowGraphs
 from lit_rlvr.engines.slots import SlotCache, WholeLayer
 from lit_rlvr.policy import Policy
+
+log = logging.getLogger(__name__)
 
 
 class StepGraphs:
@@ -37,38 +40,53 @@ class StepGraphs:
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.logits = like.new_zeros(slots, like.shape[-1])
         self.width = cache.width
-        self.graphs = RowGraphs(self._step, slots, recorder)
+        self.graphs = RowGraphs(slots, recorder)
 
-    def next_logits(self, token: Tensor, position: Tensor) -> Tensor:
-        """Extend the cache by ``token`` [n] at ``position`` [n]. Returns logits [n, V], valid until the next step."""
-        return self._run(token, position, self.cache.extend())
+    def next_logits(self, token: Tensor, position: Tensor) -> Tensor | None:
+        """Extend the cache by ``token`` [n] at ``position`` [n].
+
+        Returns:
+            Logits [n, V], valid until the next step; or None, with the cache as it was, if they could not be captured.
+        """
+        logits = self._run(token, position, self.cache.extend())
+        if logits is None:
+            for layer in self.cache.slots:
+                layer.high -= 1
+                layer.use(layer.rows, layer.length - 1)
+        return logits
 
     def agrees(self, token: Tensor, position: Tensor, logits: Tensor) -> bool:
         """Whether a step that was just taken without graphs has the same ``logits`` [n, V] with them.
 
         The same sums in another order: each of many layers rounds by 2^-8 in bfloat16, by 2^-11 where TF32 is allowed.
-        Attention to wrong columns changes a good part of the logits. If they differ, the cache stays as it was.
+        Attention to wrong columns changes a good part of the logits. If they differ, or could not be captured, the
+        cache stays as it was.
         """
         column = self.cache.slots[0].high - 1
         parts = [storage[:, :, column] for layer in self.cache.slots for storage in layer.storage]
         before = [part.clone() for part in parts]
         again = self._run(token, position, column)
-        wanted, got = (x.double() - x.double().mean(-1, keepdim=True) for x in (logits, again))
         tolerance = 1e-1 if any(part.dtype.itemsize < 4 for part in parts) else 1e-2
-        right = bool(((got - wanted).norm(dim=-1) <= tolerance * wanted.norm(dim=-1)).all())
-        if not right:
-            for part, old in zip(parts, before, strict=True):
-                part.copy_(old)
-        return right
+        if again is not None:
+            if _close(again, logits, tolerance):
+                return True
+            log.warning("captured steps do not give what the model does; this rollout is decoded without them")
+        for part, old in zip(parts, before, strict=True):
+            part.copy_(old)
+        return False
 
-    def _run(self, token: Tensor, position: Tensor, column: int) -> Tensor:
+    def _run(self, token: Tensor, position: Tensor, column: int) -> Tensor | None:
         rows = len(token)
         self.token[:rows, 0], self.position[:rows, 0] = token, position
         self.column.fill_(column)
         if self.width != self.cache.width:
             self.width = self.cache.width
             self.graphs.forget()
-        self.graphs(rows)
+        try:
+            self.graphs(self._step, rows)
+        except CaptureError as error:
+            log.warning("%s; this rollout goes on without", error)
+            return None
         return self.logits[:rows]
 
     def _step(self, rows: int) -> None:
@@ -85,6 +103,12 @@ class StepGraphs:
         cache = Cache(layers=[WholeLayer(layer, rows, self.column) for layer in self.cache.slots])
         with _uncached_autocast(position.device):
             self.logits[:rows].copy_(self.policy.next_logits(self.token[:rows], mask, position, cache))
+
+
+def _close(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    """Whether each row of logits [n, V] is another but for a constant, up to a part of its norm."""
+    got, wanted = (logits.double() - logits.double().mean(-1, keepdim=True) for logits in (got, wanted))
+    return bool(((got - wanted).norm(dim=-1) <= tolerance * wanted.norm(dim=-1)).all())
 
 
 @contextmanager

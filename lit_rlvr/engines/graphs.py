@@ -25,14 +25,15 @@ PATIENCE = 8
 class RowGraphs:
     """A function of the first rows of some tensors, captured for a few numbers of rows.
 
+    It is given anew each time: whoever owns it owns its graphs, and everything is freed when the owner is forgotten.
+
     Args:
-        run: Takes the number of rows. Whatever is in them, it neither fails nor does harm.
         most: Most rows.
         recorder: Makes a recorder.
     """
 
-    def __init__(self, run: Callable[[int], None], most: int, recorder: Callable[[], Recorder]) -> None:
-        self.run, self.most, self.make = run, most, recorder
+    def __init__(self, most: int, recorder: Callable[[], Recorder]) -> None:
+        self.most, self.make = most, recorder
         self.captures = 0
         self.forget()
 
@@ -44,13 +45,21 @@ class RowGraphs:
         """Times that each number of rows would have been the right one."""
         self.recorder = self.make()  # CUDA takes no more graphs into a pool that has lost all of its own
 
-    def __call__(self, rows: int) -> None:
-        """Run the smallest graph for so many rows, or a captured one that is larger while they are new."""
+    def __call__(self, run: Callable[[int], None], rows: int) -> None:
+        """Run the smallest graph for so many rows, or a captured one that is larger while they are new.
+
+        Args:
+            run: The function, of the number of rows. Whatever is in them, it neither fails nor does harm.
+            rows: How many are in use.
+
+        Raises:
+            CaptureError: When it cannot be captured; what was captured before is to be given up.
+        """
         size = bucket(rows, self.most)
         self.wanted[size] += 1
         larger = [captured for captured in self.replays if captured >= size]
         if size not in self.replays and (not larger or self.wanted[size] > PATIENCE):
-            self.replays[size] = self.recorder.record(partial(self.run, size))
+            self.replays[size] = self.recorder.record(partial(run, size))
             self.captures += 1
             larger.append(size)
         self.replays[min(larger)]()

@@ -46,6 +46,8 @@ class InProcessEngine(Engine):
 
     Raises:
         ValueError: For ``max_rows`` below 1.
+        RuntimeError: With ``graphs: true``, when CUDA cannot capture; with null this is a warning, and the rollout goes
+            on without graphs.
     """
 
     def __init__(self, max_rows: int = 256, pack_weights: bool = True, graphs: bool | None = None) -> None:
@@ -100,13 +102,13 @@ class InProcessEngine(Engine):
         else:
             Scheduler(policy, reach, prompts, samples, self.max_rows, out, recorder).run()
 
-    def _recorder(self, policy: Policy, reach: list[int | None] | None) -> Callable[[], Recorder] | None:
+    def _recorder(self, policy: Policy, reach: list[int | None] | None) -> Callable[[str], Recorder] | None:
         """Makes what captures steps; None: they are not captured."""
         if self.graphs is False:
             return None
         reason = why_not(policy, reach)
         if reason is None:
-            return partial(CudaRecorder, policy.device)
+            return partial(CudaRecorder, policy.device, bool(self.graphs))
         if self.graphs:
             raise ValueError(f"engine.graphs: true is not possible: {reason}; leave it null")
         return None

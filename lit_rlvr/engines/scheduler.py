@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from lit_rlvr.engines.graph_draws import DrawGraphs
 from lit_rlvr.engines.graph_steps import StepGraphs
 from lit_rlvr.engines.slots import SPARE, SlotCache
 from lit_rlvr.policy import Policy
-
-log = logging.getLogger(__name__)
 
 SIMILAR = 0.75
 """Prompts are prefilled together with one that is at most this much shorter."""
@@ -57,7 +55,7 @@ class Scheduler:
         samples: Responses per prompt.
         max_rows: Most rows at a time.
         out: Where tokens are drawn and kept.
-        recorder: Makes what records steps as graphs; None: they are not recorded.
+        recorder: Makes what records graphs, for a purpose; None: nothing is recorded.
     """
 
     def __init__(
@@ -68,7 +66,7 @@ class Scheduler:
         samples: int,
         max_rows: int,
         out: Output,
-        recorder: Callable[[], Recorder] | None = None,
+        recorder: Callable[[str], Recorder] | None = None,
     ) -> None:
         self.policy, self.prompts, self.samples, self.out = policy, prompts, samples, out
         self.slots = min(max_rows, samples * len(prompts))
@@ -147,12 +145,11 @@ class Scheduler:
 
     def _advance(self, token: Tensor) -> Tensor:
         """One forward pass of the rows that go on. Returns next-token logits [n, V]."""
-        if self.graphs is None:
-            logits = self._forward(token)
+        logits = None if self.graphs is None else self.graphs.next_logits(token, self.position)
+        if logits is None:
+            self.graphs, logits = None, self._forward(token)
             if self.recorder is not None:
                 self._begin_graphs(token, logits, self.recorder)
-        else:
-            logits = self.graphs.next_logits(token, self.position)
         self.position = self.position + 1
         self.lengths = [length + 1 for length in self.lengths]
         return logits
@@ -167,11 +164,11 @@ class Scheduler:
             mask = torch.arange(longest + 1, device=token.device) >= (longest - self.position)[:, None]
         return self.policy.next_logits(token[:, None], mask, self.position[:, None], self.cache)
 
-    def _begin_graphs(self, token: Tensor, logits: Tensor, recorder: Callable[[], Recorder]) -> None:
+    def _begin_graphs(self, token: Tensor, logits: Tensor, recorder: Callable[[str], Recorder]) -> None:
         """Take graphs for the steps that follow, if the one that was just taken is the same with them."""
-        steps, self.recorder = StepGraphs(self.policy, self.cache, logits, recorder), None
-        if not steps.agrees(token, self.position, logits):
-            log.warning("captured steps do not give what the model does; this rollout is decoded without them")
-            return
-        self.graphs = steps
-        self.out.drawer = DrawGraphs(steps.logits, self.out.sampling, self.out.seed, recorder)
+        self.recorder = None
+        steps = StepGraphs(self.policy, self.cache, logits, partial(recorder, "decoding steps"))
+        if steps.agrees(token, self.position, logits):
+            self.graphs = steps
+            out, draws = self.out, partial(recorder, "draws of tokens")
+            out.drawer = DrawGraphs(steps.logits, out.sampling, out.seed, draws)
