@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--select", choices=["random", "top"], default="random", help="which tokens ours learns from"
         )
+        command.add_argument("--trl", type=json.loads, default={}, help='as JSON: options of "TRL tuned"')
         options(command)
 
     head = add("head", through_head, "ways through the language-model head")
@@ -65,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     floors.add_argument("--rho", type=float, default=0.2, help="share of tokens that learn")
     sized(add("memory", lambda given: benchmarks.memory.main(given.size, given.device), "explain's estimate of memory"))
     cluster = sized(add("cluster", lambda given: benchmarks.cluster.main(asked(given)), "explain's estimate of time"))
-    cluster.set_defaults(sides=list(SIDES[:2]), ends=0, select="random")
+    cluster.set_defaults(sides=list(SIDES[:2]), ends=0, select="random", trl={})
     options(cluster)
     sized(add("tune", lambda given: benchmarks.tune.main(given.size, given.device, given.repeats), "TRL's options"))
     table = add("table", lambda given: benchmarks.table.main(given.files, given.into), "Markdown tables of JSON lines")
@@ -98,10 +99,13 @@ def options(command: argparse.ArgumentParser) -> None:
 def asked(given: argparse.Namespace) -> Asked:
     """What a comparison is of."""
     work: Any = "step" if given.benchmark == "cluster" else given.benchmark
-    return Asked(
-        work, given.size, given.device, given.repeats, tuple(given.sides), given.ends, given.select, given.batch,
-        given.engine,
-    )  # fmt: skip
+    try:
+        return Asked(
+            work, given.size, given.device, given.repeats, tuple(given.sides), given.ends, given.select, given.batch,
+            given.engine, given.trl,
+        ).checked()  # fmt: skip
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def every(given: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,16 +11,26 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.compare import answer
 from benchmarks.gate import Clock
-from benchmarks.models import Size
-from lit_rlvr.cluster import DEVICES
+from benchmarks.models import Size, dtype_on
+from benchmarks.settings import MICRO_TOKENS
+from lit_rlvr.head import CHUNK_ROWS
+from lit_rlvr.machines import DEVICES
+from lit_rlvr.matmul import packed_linears
 
 SECONDS = 0.3
 """Least time that each measurement takes."""
+BACK_TO_BACK = 0.005
+"""Least time between two events on a GPU: launching one small product takes longer than computing it."""
 COPIED = 2**28
 """Bytes that are copied: more than any cache holds."""
+SQUARE = {"cpu": 1024, "cuda": 8192}
+"""Width of two square matrices whose product fills the device."""
+PACKED = ", packed weights"
+"""Added to the name of a product whose weights are in the order of oneDNN's kernels, which only CPUs have."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,8 @@ class Ceilings:
     """Measured ceilings.
 
     Args:
-        products: Operations per second of matrix products, by what they do in a step.
+        products: Operations per second of matrix products, by what they do in a step; with packed weights, where that
+            is possible, as products of their own.
         bandwidth: Bytes per second, read and written, of a copy in memory.
         nominal: Operations per second that the maker of a known GPU names; 0 where there is none.
     """
@@ -41,10 +53,16 @@ class Ceilings:
         """The fastest of the products."""
         return max(self.products.values())
 
+    def rate(self, name: str) -> float:
+        """Of a product, in the faster of its ways."""
+        return max(self.products[name], self.products.get(name + PACKED, 0.0))
 
-def shapes(size: Size, tokens: int = 1024, chunk: int = 256) -> dict[str, tuple[int, int, int]]:
-    """Rows, inner and outer width of the products that a step is made of."""
+
+def shapes(size: Size, device: str = "cpu") -> dict[str, tuple[int, int, int]]:
+    """Rows, inner and outer width of the products that a step is made of, and of a large one."""
+    tokens, chunk, square = MICRO_TOKENS[device], CHUNK_ROWS, SQUARE[device]
     return {
+        "square": (square, square, square),
         "body": (tokens, size.hidden, size.feed_forward),
         "body, weight gradient": (size.hidden, tokens, size.feed_forward),
         "body, one token per row": (size.rows, size.hidden, size.feed_forward),
@@ -55,25 +73,34 @@ def shapes(size: Size, tokens: int = 1024, chunk: int = 256) -> dict[str, tuple[
 
 
 def fastest(clock: Clock, work: Callable[[], Any]) -> float:
-    """Least seconds of a piece of work, after a first time that does not count."""
+    """Least seconds of a piece of work, after a first time that does not count; on a GPU, of many back to back."""
     work()
-    taken: list[float] = []
-    while sum(taken) < SECONDS or len(taken) < 3:
+    start = clock.now()
+    work()
+    times = math.ceil(BACK_TO_BACK / max(clock.since(start), 1e-6)) if clock.cuda else 1
+    least, total, number = math.inf, 0.0, 0
+    while total < SECONDS or number < 3:
         start = clock.now()
-        work()
-        taken.append(clock.since(start))
-    return min(taken)
+        for _ in range(times):
+            work()
+        taken = clock.since(start)
+        least, total, number = min(least, taken), total + taken, number + 1
+    return least / times
 
 
 def measure(size: Size, device: str) -> Ceilings:
     """Measure in this process."""
-    clock, dtype = Clock(device), torch.float32 if device == "cpu" else torch.bfloat16
+    clock, dtype = Clock(device), getattr(torch, dtype_on(device))
     products = {}
-    for name, (rows, inner, outer) in shapes(size).items():
+    for name, (rows, inner, outer) in shapes(size, device).items():
         a = torch.randn(rows, inner, dtype=dtype, device=device)
-        b = torch.randn(outer, inner, dtype=dtype, device=device).T
+        layer = nn.Linear(inner, outer, bias=False, dtype=dtype, device=device)
         out = torch.empty(rows, outer, dtype=dtype, device=device)
-        products[name] = 2.0 * rows * inner * outer / fastest(clock, partial(torch.mm, a, b, out=out))
+        count = 2.0 * rows * inner * outer
+        products[name] = count / fastest(clock, partial(torch.mm, a, layer.weight.T, out=out))
+        with packed_linears(layer) as packed:  # of none on a GPU
+            if packed and not name.endswith("gradient"):  # what it is multiplied with there changes every time
+                products[name + PACKED] = count / fastest(clock, partial(layer, a))
     source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * COPIED / fastest(clock, lambda: target.copy_(source))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,16 +14,20 @@ from benchmarks.models import SIZES, configuration
 from benchmarks.report import emit
 from benchmarks.settings import Settings
 from benchmarks.step import Asked, run
-from lit_rlvr.cluster import USED, Work, rollout, training
+from lit_rlvr.cluster import USED, Work, rollout, scoring, training
 from lit_rlvr.machines import Device, Machines
 
 
 def work_of(settings: Settings) -> Work:
-    """The work of one step, which is a phase."""
+    """The work of one step, which is a phase.
+
+    Rollouts in bfloat16 are scored again before tokens are chosen.
+    """
     size = settings.size
+    scorings = int(settings.dtype == "bfloat16" and settings.rho < 1)
     return Work.of(
         configuration(size), size.body + size.head, size=4 if settings.device == "cpu" else 2, rows=size.rows,
-        prompts=size.prompts, prompt=size.prompt_tokens, response=size.new_tokens, scorings=0, learnings=1,
+        prompts=size.prompts, prompt=size.prompt_tokens, response=size.new_tokens, scorings=scorings, learnings=1,
         recomputed=False, micro_batches=1, chosen=settings.rho,
     )  # fmt: skip
 
@@ -43,7 +48,9 @@ def compare(name: str, sides: list[Side], ceilings: Ceilings) -> None:
             continue
         settings: Any = side.settings
         work, machines = work_of(settings), this_machine(ceilings, settings.device)
-        for part, stage in (("rollout", rollout(work, machines)), ("train", training(work, machines))):
+        learning = training(work, machines)
+        learning = replace(learning, seconds=learning.seconds + scoring(work, machines).seconds)
+        for part, stage in (("rollout", rollout(work, machines)), ("train", learning)):
             took = median(side, part)
             share = USED["memory" if stage.bound == "memory bandwidth" else "multiplications"]
             emit(

@@ -15,6 +15,11 @@ from benchmarks.processes import launch
 class Told(Protocol):
     """Settings that can be handed to another process."""
 
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``."""
+        ...
+
     def written(self) -> str:
         """As text."""
         ...
@@ -54,9 +59,9 @@ class Side:
         return self._read()
 
     def stop(self) -> None:
-        """End the process and keep what it says of its memory."""
+        """End the process and keep what it says of its memory; of several processes, the most."""
         self._say("stop")
-        self.memory = self._read()
+        self.memory = {name: max(value, self.memory.get(name, value)) for name, value in self._read().items()}
         self.process.wait(60)
 
     def end(self) -> None:
@@ -84,23 +89,69 @@ class Side:
         self.drain.start()
 
 
-def interleave(sides: list[Side], repeats: int, warm: int = 1) -> None:
-    """Run A B A B ...; the first ``warm`` rounds do not count. They load side by side, and then take turns."""
+def interleave(sides: list[Side], repeats: int, warm: int = 1, visits: int = 2) -> None:
+    """Measure ``repeats`` steps of every side; the first ``warm`` steps of a process do not count.
+
+    On a CPU the sides live side by side and take turns step by step. On a GPU there is one at a time, since each keeps
+    weights, optimizer state and freed memory while it waits: a side comes, takes its share of the steps, and goes. The
+    order is turned round every time, A B B A, so that a steady drift of the machine's speed cancels.
+
+    Args:
+        sides: What is compared.
+        repeats: Steps that count.
+        warm: Steps before them.
+        visits: How often a side comes to a GPU; each time it starts a process and loads the model.
+    """
     try:
-        for side in sides:
-            side.start()
-        for side in sides:
-            side.ready()
-        for number in range(warm + repeats):
-            for side in sides:
-                cost = side.step()
-                if number >= warm:
-                    side.samples.append(cost)
-        for side in sides:
-            side.stop()
+        if any(side.settings.device == "cuda" for side in sides):
+            _one_at_a_time(sides, shares(repeats, visits), warm)
+        else:
+            _side_by_side(sides, repeats, warm)
     finally:
         for side in sides:
             side.end()
+
+
+def _side_by_side(sides: list[Side], repeats: int, warm: int) -> None:
+    """All load at the same time, and take turns."""
+    for side in sides:
+        side.start()
+    for side in sides:
+        side.ready()
+    for number in range(-warm, repeats):
+        for side in turned(sides, number):
+            cost = side.step()
+            if number >= 0:
+                side.samples.append(cost)
+    for side in sides:
+        side.stop()
+
+
+def _one_at_a_time(sides: list[Side], steps: list[int], warm: int) -> None:
+    """A side is gone, with all of its memory, before the next one starts."""
+    for number, count in enumerate(steps):
+        for side in turned(sides, number):
+            side.start()
+            side.ready()
+            for _ in range(warm):
+                side.step()
+            side.samples += [side.step() for _ in range(count)]
+            side.stop()
+
+
+def turned(sides: list[Side], number: int) -> list[Side]:
+    """The order of a round: as they are given, or the other way round."""
+    return sides if number % 2 == 0 else sides[::-1]
+
+
+def shares(repeats: int, visits: int) -> list[int]:
+    """How many steps each visit takes: nearly the same, and at least one.
+
+    >>> shares(5, 2), shares(1, 2)
+    ([3, 2], [1])
+    """
+    visits = min(visits, repeats)
+    return [len(range(visit, repeats, visits)) for visit in range(visits)]
 
 
 def costs(side: Side, part: str) -> list[float]:

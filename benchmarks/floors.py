@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from benchmarks.ceilings import Ceilings
+from benchmarks.entering import Entering, chosen, every_token, least, sampled
 from benchmarks.models import Size
 from benchmarks.report import emit
 from benchmarks.settings import Settings
+
+Counted = Literal["least", "all tokens"]
+COUNTED: tuple[Counted, ...] = ("least", "all tokens")
+"""What of training is counted: what nothing can do without, or every token through every layer, prompts once per
+response. The second is what an implementation works on that leaves nothing out but the head of tokens that do not
+learn; rollouts are the same in both."""
 
 
 @dataclass(frozen=True)
@@ -35,52 +43,65 @@ class Floor:
         return ("step", self.part)
 
 
-def floors(settings: Settings, ceilings: Ceilings, shared: bool) -> list[Floor]:
+def floors(settings: Settings, ceilings: Ceilings, counted: Counted) -> list[Floor]:
     """Every kind of work of a step whose responses are all of the longest length.
 
-    Rollouts read each prompt once. Padding, samplers, norms, activations and whatever is not a matrix product count
-    nothing; AdamW counts the bytes that it must move.
+    Padding, samplers, norms, activations and whatever is not a matrix product count nothing; AdamW counts the bytes
+    that it must move.
 
     Args:
-        settings: Model, work and share of tokens that learn.
+        settings: Model, work and share of tokens that learn, drawn by lot.
         ceilings: Of the machine.
-        shared: Whether training, too, computes a prompt once for all of its responses; otherwise once for each.
+        counted: What of training counts.
     """
-    size, rates = settings.size, ceilings.products
-    learning = math.ceil(settings.rho * size.rows * size.new_tokens)
-    body_rate = 3 / (2 / rates["body"] + 1 / rates["body, weight gradient"])
-    head_rate = 3 / (2 / rates["head"] + 1 / rates["head, weight gradient"])
-    work = [
-        ("rollout", "prompts", 2.0 * size.body * size.prompts * size.prompt_tokens, rates["body"]),
-        (
-            "rollout",
-            "body",
-            2.0 * size.body * size.rows * (size.new_tokens - 1),
-            rates["body, one token per row"],
-        ),
-        ("rollout", "attention", 4.0 * attended(size, shared=True), ceilings.best),
-        ("rollout", "head", 2.0 * size.head * size.rows * size.new_tokens, rates["head, one token per row"]),
-        ("train", "body", 6.0 * size.body * trained(size, shared), body_rate),
-        ("train", "attention", 12.0 * attended(size, shared), ceilings.best),
-        ("train", "head", 6.0 * size.head * learning, head_rate),
+    size = settings.size
+    learning = ("body", "body, weight gradient"), ("head", "head, weight gradient")
+    body, head = (3 / (2 / ceilings.rate(forward) + 1 / ceilings.rate(weight)) for forward, weight in learning)
+    rates = {
+        ("rollout", "prompts"): ceilings.rate("body"),
+        ("rollout", "body"): ceilings.rate("body, one token per row"),
+        ("rollout", "head"): ceilings.rate("head, one token per row"),
+        ("train", "body"): body,
+        ("train", "last layer"): body,
+        ("train", "head"): head,
+    }
+    each = [
+        Floor(part, name, ops, ops / ceilings.best, ops / rates.get((part, name), ceilings.best))
+        for part, name, ops in operations(size, settings.rho, counted)
     ]
-    each = [Floor(part, name, ops, ops / ceilings.best, ops / rate) for part, name, ops, rate in work]
     moved = 7.0 * (4 if settings.device == "cpu" else 2) * (size.body + size.head) / ceilings.bandwidth
     return [*each, Floor("train", "AdamW", 0.0, moved, moved)]
 
 
-def trained(size: Size, shared: bool) -> int:
-    """Tokens that go through the layers in training; the last of a response predicts nothing."""
-    prompts = size.prompts if shared else size.rows
-    return prompts * size.prompt_tokens + size.rows * (size.new_tokens - 1)
+def operations(size: Size, rho: float, counted: Counted) -> Iterator[tuple[str, str, float]]:
+    """Part, name and operations of every kind of work that multiplies."""
+    rows = sampled(size)
+    decoded = size.rows * (size.new_tokens - 1)
+    yield "rollout", "prompts", 2.0 * (through_layers(size, rows) - size.body * decoded)
+    yield "rollout", "body", 2.0 * size.body * decoded
+    yield "rollout", "attention", 4.0 * attended(size, rows)
+    yield "rollout", "head", 2.0 * size.head * size.rows * size.new_tokens
+    entering = least(size, rho) if counted == "least" else every_token(size)
+    last = size.late * entering.read
+    yield "train", "body", 6.0 * (through_layers(size, entering) - last)
+    yield "train", "last layer", 6.0 * last
+    yield "train", "attention", 12.0 * attended(size, entering)
+    yield "train", "head", 6.0 * size.head * chosen(size, rho)
 
 
-def attended(size: Size, shared: bool) -> float:
+def needed_to_train(size: Size, rho: float) -> float:
+    """All operations that training cannot do without."""
+    return sum(ops for part, _, ops in operations(size, rho, "least") if part == "train")
+
+
+def through_layers(size: Size, entering: Entering) -> float:
+    """Weights times tokens, over all layers; of the last, a token that is not read has only keys and values."""
+    return (size.body - size.late) * entering.tokens + size.late * entering.read
+
+
+def attended(size: Size, entering: Entering) -> float:
     """Pairs of tokens of which one attends to the other, times width of the heads, over all layers."""
-    prompts = size.prompts if shared else size.rows
-    own = prompts * size.prompt_tokens**2 / 2
-    new = size.rows * size.new_tokens * (size.prompt_tokens + size.new_tokens / 2)
-    return size.layers * size.heads * size.head_size * (own + new)
+    return size.heads * size.head_size * ((size.layers - 1) * entering.pairs + entering.read_pairs)
 
 
 def main(name: str, settings: Settings, ceilings: Ceilings) -> None:
@@ -88,11 +109,11 @@ def main(name: str, settings: Settings, ceilings: Ceilings) -> None:
     for product, rate in ceilings.products.items():
         emit("floors", "ceiling", settings.device, size=name, of=product, gigaflop_per_second=rate / 1e9)
     emit("floors", "ceiling", settings.device, size=name, of="copy", gigabyte_per_second=ceilings.bandwidth / 1e9)
-    for shared in (False, True):
-        for f in floors(settings, ceilings, shared):
-            if shared and f.part == "rollout":
+    for counted in COUNTED:
+        for f in floors(settings, ceilings, counted):
+            if f.part == "rollout" and counted != COUNTED[0]:
                 continue  # the same as before
             emit(
-                "floors", "work", settings.device, size=name, rho=settings.rho, prompts_shared=shared, part=f.part,
+                "floors", "work", settings.device, size=name, rho=settings.rho, counted=counted, part=f.part,
                 of=f.name, gigaflop=f.operations / 1e9, floor=f.seconds, at_own_shapes=f.reachable,
             )  # fmt: skip

@@ -54,6 +54,11 @@ class Size:
         return self.layers * (attention + 3 * self.hidden * self.feed_forward)
 
     @property
+    def late(self) -> int:
+        """Those of the last layer behind its keys and values: only states that are read have to go through them."""
+        return self.hidden * self.head_size * 2 * self.heads + 3 * self.hidden * self.feed_forward
+
+    @property
     def head(self) -> int:
         """Parameters of the head, which the embedding shares."""
         return self.vocabulary * self.hidden
@@ -71,6 +76,11 @@ SIZES = {
 cost of the head; the others for a GPU."""
 
 
+def dtype_on(device: str) -> str:
+    """Of weights: float32 on a CPU, bfloat16 on a GPU."""
+    return "float32" if device == "cpu" else "bfloat16"
+
+
 def configuration(size: Size) -> Any:
     """The architecture; its end token lies outside of the vocabulary, so that no response ends before its limit."""
     return Qwen3Config(
@@ -81,17 +91,18 @@ def configuration(size: Size) -> Any:
     )  # fmt: skip
 
 
-def write(size: Size, folder: Path, ends: int = 0) -> Path:
+def write(size: Size, folder: Path, ends: int = 0, device: str = "cpu") -> Path:
     """Write model and tokenizer into ``folder``.
 
     Args:
         size: The architecture.
         folder: Where to.
         ends: Tokens of the vocabulary that end a response all the same, for responses of geometric lengths.
+        device: Where it is to be measured; the weights are in the dtype in which they are loaded there.
     """
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    model: Any = Qwen3ForCausalLM(configuration(size))
+    model: Any = Qwen3ForCausalLM(configuration(size)).to(getattr(torch, dtype_on(device)))
     model.generation_config.eos_token_id = [size.vocabulary, *range(1, 1 + ends)]
     model.save_pretrained(folder)
     names = {f"t{i}": i for i in range(size.vocabulary)} | {"<eos>": size.vocabulary}

@@ -27,8 +27,14 @@ class Prediction:
 
     def measured(self, results: Sequence[dict[str, Any]]) -> Any:
         """The number that was measured; None where it was not."""
-        found = [r for r in results if all(r.get(name) == value for name, value in self.where.items())]
-        return found[-1].get(self.column) if found else None
+        line = last(results, self.where)
+        return None if line is None else line.get(self.column)
+
+
+def last(results: Sequence[dict[str, Any]], where: dict[str, Any]) -> dict[str, Any] | None:
+    """The last of the results that have these values; None: there is none."""
+    found = (r for r in reversed(results) if all(r.get(name) == value for name, value in where.items()))
+    return next(found, None)
 
 
 def against_trl(work: str, part: str, size: str, side: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import IO, Any, Protocol
 
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+CARDS = "CUDA_VISIBLE_DEVICES"
 
 
 class Process(Protocol):
@@ -86,6 +87,11 @@ def _run(program: str) -> None:
         os._exit(code)
 
 
+def first_card() -> str:
+    """The one GPU that programs see: TRL refuses to train in one process that sees several."""
+    return os.environ.get(CARDS, "0").split(",")[0]
+
+
 class Launcher:
     """How programs are started."""
 
@@ -98,7 +104,7 @@ class Launcher:
         return subprocess.Popen(
             [sys.executable, "-m", f"benchmarks.{program}", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **THREADS, **QUIET, **(environment or {})},
+            env={**os.environ, **THREADS, **QUIET, CARDS: first_card(), **(environment or {})},
         )  # fmt: skip
 
     def fork_from_here(self) -> None:

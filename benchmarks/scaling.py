@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare import Side, costs, interleave, of_rounds, spread
+from benchmarks.floors import needed_to_train
 from benchmarks.models import SIZES, Size, write
 from benchmarks.report import emit
 from benchmarks.settings import Settings
@@ -41,7 +42,7 @@ def tokens(size: Size) -> int:
 def in_tokens(name: str, settings: Settings, sizes: list[Size], of: str, repeats: int) -> None:
     """Print what a token costs as there are more of them: the same where cost grows linearly."""
     run = sides(settings, sizes)
-    interleave(run, repeats)
+    interleave(run, repeats, visits=1)
 
     def each(side: Side) -> list[float]:
         return [1e3 * second / tokens(sizes[run.index(side)]) for second in costs(side, "train")]
@@ -55,17 +56,21 @@ def in_tokens(name: str, settings: Settings, sizes: list[Size], of: str, repeats
         )  # fmt: skip
 
 
-def in_rho(name: str, settings: Settings, shares: Iterable[float], repeats: int) -> None:
-    """Print what training on half a step's prompts costs as fewer tokens learn, against all of them."""
+def in_rho(name: str, settings: Settings, shares: Sequence[float], repeats: int) -> None:
+    """Print what training on half a step's prompts costs as fewer tokens learn, against all of them.
+
+    Beside it stands how many times as cheap it would be by the operations that it cannot do without.
+    """
     settings = replace(settings, size=replace(settings.size, prompts=-(-settings.size.prompts // 2)))
     run = [Side(str(rho), "ours", replace(settings, rho=rho)) for rho in shares]
-    interleave(run, repeats)
-    for side, rho in zip(run, shares, strict=True):
+    interleave(run, repeats, visits=1)
+    needed = [needed_to_train(settings.size, rho) for rho in shares]
+    for side, rho, least in zip(run, shares, needed, strict=True):
         emit(
             "scaling", "rho", settings.device, size=name, vocabulary=settings.size.vocabulary, rho=rho,
             tokens=tokens(settings.size), repeats=repeats, **spread(costs(side, "train")),
             cheaper_than_all=of_rounds(run[0], side, lambda s: costs(s, "train"))["median"],
-            extra=side.memory["extra"],
+            by_operations=needed[0] / least, extra=side.memory["extra"],
         )  # fmt: skip
 
 

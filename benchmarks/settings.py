@@ -6,7 +6,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from benchmarks.models import Size
+from benchmarks.models import Size, dtype_on
+
+MICRO_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Our tokens per forward and backward pass; on a GPU so many that it is busy and the largest model fits into 80 GB."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,13 @@ class Settings:
 
     @property
     def dtype(self) -> str:
-        """Of weights: float32 on a CPU, bfloat16 on a GPU."""
-        return "float32" if self.device == "cpu" else "bfloat16"
+        """Of weights."""
+        return dtype_on(self.device)
 
     @property
     def micro_tokens(self) -> int:
         """Our tokens per forward and backward pass."""
-        return int(self.batch.get("micro_tokens", 1024 if self.device == "cpu" else 16_384))
+        return int(self.batch.get("micro_tokens", MICRO_TOKENS[self.device]))
 
     def written(self) -> str:
         """As JSON, for another process."""

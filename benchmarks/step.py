@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from benchmarks.ceilings import Ceilings, measured
 from benchmarks.compare import Side, costs, interleave, rates, ratios, spread
-from benchmarks.floors import Floor, floors
+from benchmarks.floors import COUNTED, Floor, floors
 from benchmarks.models import SIZES, write
 from benchmarks.report import emit
 from benchmarks.settings import Settings
@@ -27,13 +27,14 @@ TUNED: dict[str, dict[str, Any]] = {
 }
 """TRL's fastest options on a CPU, of those that ``python -m benchmarks tune`` tries; other models take its defaults."""
 
-SIDES = ("lit-rlvr", "lit-rlvr, all tokens", "TRL", "TRL tuned", "TRL, checkpointing")
+BESTED = "TRL tuned"
+SIDES = ("lit-rlvr", "lit-rlvr, all tokens", "TRL", BESTED, "TRL, checkpointing")
 DEFAULT: dict[str, tuple[str, ...]] = {
     "step": SIDES[:4],
-    "rollout": ("lit-rlvr", "TRL", "TRL tuned"),
+    "rollout": ("lit-rlvr", "TRL", BESTED),
     "train": SIDES[:4],
 }
-"""Sides of each benchmark, ours first."""
+"""Sides of each benchmark, ours first; on a GPU, TRL is tuned where its options are given."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Asked:
         select: Which tokens learn on our side.
         batch: More options of our batch.
         engine: More options of our engine.
+        trl: Options of "TRL tuned"; none: on a CPU, those that were found for the model.
     """
 
     work: Literal["step", "rollout", "train"]
@@ -61,6 +63,33 @@ class Asked:
     select: Literal["random", "top"] = "random"
     batch: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
+    trl: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tuned(self) -> dict[str, Any] | None:
+        """Options of "TRL tuned"; None: there are none that would tell it from TRL's defaults."""
+        return self.trl or (TUNED.get(self.size, {}) if self.device == "cpu" else None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sides to compare."""
+        return self.sides or tuple(n for n in DEFAULT[self.work] if n != BESTED or self.tuned is not None)
+
+    def checked(self) -> Asked:
+        """The same.
+
+        Raises:
+            ValueError: For "TRL tuned" without options where nobody has looked for the best, or options without it.
+        """
+        names = self.names
+        if BESTED in names and self.tuned is None:
+            raise ValueError(
+                f'"{BESTED}" has no options of its own on a GPU; find them with python -m benchmarks tune, and give '
+                "them with --trl"
+            )
+        if self.trl and BESTED not in names:
+            raise ValueError(f'--trl is for "{BESTED}", which is not among --sides')
+        return self
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -72,23 +101,23 @@ def sides(asked: Asked, folder: str) -> list[Side]:
     """The sides of the comparison."""
     more: dict[str, Any] = {"select": asked.select, "batch": asked.batch, "engine": asked.engine}
     settings = Settings(folder, SIZES[asked.size], asked.device, asked.work, asked.ends, **more)
-    tuned = replace(settings, trl=TUNED.get(asked.size, {}) if asked.device == "cpu" else {})
+    tuned = replace(settings, trl=asked.tuned or {})
     saving = replace(settings, trl={"gradient_checkpointing": True})
     every = {
         "lit-rlvr": Side("lit-rlvr", "ours", settings),
         "lit-rlvr, all tokens": Side("lit-rlvr, all tokens", "ours", replace(settings, rho=1.0)),
         "TRL": Side("TRL", "theirs", settings),
-        "TRL tuned": Side("TRL tuned", "theirs", tuned, ALLOCATOR if asked.device == "cpu" else {}),
+        BESTED: Side(BESTED, "theirs", tuned, ALLOCATOR if asked.device == "cpu" else {}),
         "TRL, checkpointing": Side("TRL, checkpointing", "theirs", saving),
     }
-    return [every[side] for side in asked.sides or DEFAULT[asked.work]]
+    return [every[name] for name in asked.names]
 
 
 def run(asked: Asked) -> list[Side]:
     """Measure every side."""
     with tempfile.TemporaryDirectory() as folder:
-        write(SIZES[asked.size], Path(folder), asked.ends)
         every = sides(asked, folder)
+        write(SIZES[asked.size], Path(folder), asked.ends, asked.device)
         interleave(every, asked.repeats)
     return every
 
@@ -100,8 +129,8 @@ def main(asked: Asked, ceilings: Ceilings | None = None) -> list[Side]:
     common: dict[str, Any] = {
         "size": asked.size, "ends": asked.ends, "select": asked.select, "repeats": asked.repeats
     }  # fmt: skip
-    if asked.batch or asked.engine:
-        common |= {"batch": asked.batch, "engine": asked.engine}
+    given = {"batch": asked.batch, "engine": asked.engine, "trl": asked.trl}
+    common |= {name: options for name, options in given.items() if options}
     for side in every:
         for part in asked.parts:
             values: dict[str, Any] = {"side": side.name, "part": part, **spread(costs(side, part))}
@@ -113,7 +142,7 @@ def main(asked: Asked, ceilings: Ceilings | None = None) -> list[Side]:
         for part in asked.parts:
             values = {"side": side.name, "over": ours.name, "part": part, **ratios(side, ours, part)}
             emit(asked.work, "ratio", asked.device, **common, **values)
-    if not asked.ends:  # a floor knows no other length than the longest
+    if not asked.ends and asked.select == "random":  # a floor knows no other lengths and no other choice
         distances(asked, every, ceilings or measured(SIZES[asked.size], asked.device), common)
     return every
 
@@ -125,17 +154,14 @@ def distances(asked: Asked, every: list[Side], ceilings: Ceilings, common: dict[
     """
     for side in every:
         assert isinstance(side.settings, Settings)
-        for shared in (False, True):
-            each = floors(side.settings, ceilings, shared)
+        for counted in COUNTED:
+            each = floors(side.settings, ceilings, counted)
             for part in asked.parts:
-                if shared and part == "rollout":
+                if counted != COUNTED[0] and part == "rollout":
                     continue  # the same as before
                 mine = [f for f in each if part in f.parts]
                 values = over(spread(costs(side, part))["median"], mine, ceilings)
-                emit(
-                    asked.work, "floor", asked.device, **common, side=side.name, part=part, prompts_shared=shared,
-                    **values,
-                )  # fmt: skip
+                emit(asked.work, "floor", asked.device, **common, side=side.name, part=part, counted=counted, **values)
 
 
 def over(seconds: float, floors: list[Floor], ceilings: Ceilings) -> dict[str, float]:

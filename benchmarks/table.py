@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.aims import aims
 from benchmarks.predictions import PREDICTIONS
 
 MIB = "MiB"
@@ -17,17 +18,17 @@ COLUMNS: dict[tuple[str, str], tuple[str, ...]] = {
     ("ratio", "*"): ("size", "ends", "part", "side", "over", "median", "low", "high"),
     ("memory", "*"): ("size", "ends", "side", "peak", "loaded", "extra"),
     ("floor", "*"): (
-        "size", "side", "part", "prompts_shared", "gigaflop", "seconds", "floor", "times", "at_own_shapes",
+        "size", "side", "part", "counted", "gigaflop", "seconds", "floor", "times", "at_own_shapes",
         "times_at_own_shapes", "mfu",
     ),
     ("ceiling", "*"): ("size", "of", "gigaflop_per_second", "gigabyte_per_second"),
-    ("work", "*"): ("size", "rho", "prompts_shared", "part", "of", "gigaflop", "floor", "at_own_shapes"),
+    ("work", "*"): ("size", "rho", "counted", "part", "of", "gigaflop", "floor", "at_own_shapes"),
     ("head", "*"): (
         "vocabulary", "hidden", "tokens", "side", "median", "low", "high", "times_faster", "extra", "less_memory",
     ),
     ("length", "*"): ("size", "rows", "new_tokens", "tokens", "median", "milliseconds_per_token", "against_the_least"),
     ("rows", "*"): ("size", "rows", "new_tokens", "tokens", "median", "milliseconds_per_token", "against_the_least"),
-    ("rho", "*"): ("size", "vocabulary", "rho", "median", "low", "high", "cheaper_than_all", "extra"),
+    ("rho", "*"): ("size", "vocabulary", "rho", "median", "low", "high", "cheaper_than_all", "by_operations", "extra"),
     ("seconds", "tune"): ("size", "options", "allocator", "median", "low", "high", "rollout", "extra", "best"),
     ("estimate", "*"): ("size", "work", "rho", "gradient_checkpointing", "estimated", "measured", "ratio"),
     ("predicted", "*"): (
@@ -51,7 +52,7 @@ def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def render(results: Sequence[dict[str, Any]]) -> str:
-    """One table per benchmark and kind of line, and where and how they were measured.
+    """Aims, one table per benchmark and kind of line, and where and how they were measured.
 
     Raises:
         ValueError: For a line that no benchmark of this package prints.
@@ -62,7 +63,22 @@ def render(results: Sequence[dict[str, Any]]) -> str:
             raise ValueError(f"this is no result of a benchmark: {json.dumps(result)[:200]}")
         groups.setdefault((result["benchmark"], result["kind"]), []).append(result)
     parts = [one(benchmark, kind, lines) for (benchmark, kind), lines in groups.items()]
-    return "\n\n".join([*parts, predicted(results), where(results)]) + "\n"
+    return "\n\n".join([aimed(results), *parts, predicted(results), where(results)]) + "\n"
+
+
+def aimed(results: Sequence[dict[str, Any]]) -> str:
+    """What was aimed at, and whether it was reached."""
+    rows = [
+        "| aim | wanted | measured | lowest to highest | most possible | |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for aim in aims():
+        found = aim.find(results)
+        sign = "" if aim.wanted is None else f"{'≥' if aim.at_least else '≤'} {cell(aim.wanted)}"
+        value, low, high, most = (None,) * 4 if found is None else (found.value, found.low, found.high, found.possible)
+        spread = "" if low is None else f"{cell(low)} to {cell(high)}"
+        rows.append(f"| {aim.what} | {sign} | {cell(value)} | {spread} | {cell(most)} | {aim.verdict(found)} |")
+    return "**Aims**\n\n" + "\n".join(rows)
 
 
 def predicted(results: Sequence[dict[str, Any]]) -> str:
