@@ -17,7 +17,6 @@ from benchmarks.__main__ import asked, parser
 from benchmarks.ceilings import Ceilings, fastest, shapes
 from benchmarks.cluster import this_machine, work_of
 from benchmarks.compare import Side, costs, median, per_token, rates, ratios, spread
-from benchmarks.floors import attended, floors, trained
 from benchmarks.gate import Clock, Memory
 from benchmarks.head_side import Work
 from benchmarks.models import SIZES, Size, configuration, prompt_ids, questions, responses
@@ -25,7 +24,7 @@ from benchmarks.ours import Given
 from benchmarks.predictions import PREDICTIONS
 from benchmarks.scaling import by_length, by_rows, tokens
 from benchmarks.settings import HeadSettings, Settings
-from benchmarks.step import over, sides
+from benchmarks.step import SIDES, Asked, sides
 from benchmarks.table import BEGIN, END, predicted, put, read, render
 from benchmarks.tune import candidates
 from lit_rlvr.cluster import rollout, training
@@ -53,46 +52,6 @@ def test_parameters_of_a_size() -> None:
         with torch.device("meta"):
             model = Qwen3ForCausalLM(configuration(size))
         assert sum(p.numel() for p in model.parameters() if p.dim() == 2) == size.body + size.head
-
-
-def test_operations_of_a_step_by_hand() -> None:
-    """6 responses of 7 tokens to 2 prompts of 5; a token attends to those before it, itself by half."""
-    assert (trained(HAND, shared=False), trained(HAND, shared=True)) == (6 * 5 + 6 * 6, 2 * 5 + 6 * 6)
-    pairs = 6 * 7 * (5 + 3.5)
-    assert attended(HAND, shared=True) == 2 * 6 * (2 * 12.5 + pairs)
-    assert attended(HAND, shared=False) == 2 * 6 * (6 * 12.5 + pairs)
-    work = {(f.part, f.name): f for f in floors(Settings("", HAND, rho=0.2), flat(2.0), shared=True)}
-    wanted = {
-        ("rollout", "prompts"): 2 * HAND.body * 10,
-        ("rollout", "body"): 2 * HAND.body * 36,
-        ("rollout", "attention"): 4 * attended(HAND, shared=True),
-        ("rollout", "head"): 2 * 40 * 42,
-        ("train", "body"): 6 * HAND.body * 46,
-        ("train", "attention"): 12 * attended(HAND, shared=True),
-        ("train", "head"): 6 * 40 * 9,  # 8.4 of 42 tokens
-        ("train", "AdamW"): 0.0,
-    }
-    assert {key: f.operations for key, f in work.items()} == wanted
-    assert work["train", "head"].seconds == work["train", "head"].reachable == 6 * 40 * 9 / 2
-    assert work["train", "AdamW"].seconds == 7 * 4 * (HAND.body + 40) / 1e3
-
-
-def test_products_of_their_own_shape() -> None:
-    """Forward and backward pass are three products, one of which is a weight gradient."""
-    slow = replace(flat(8.0), products={**flat(8.0).products, "head, weight gradient": 2.0, "head": 4.0})
-    head = next(f for f in floors(Settings("", HAND), slow, False) if (f.part, f.name) == ("train", "head"))
-    assert head.seconds == head.operations / 8
-    assert head.reachable == pytest.approx(head.operations * (2 / 4 + 1 / 2) / 3)
-
-
-def test_distance_to_the_floor() -> None:
-    each = floors(Settings("", HAND), flat(2.0), shared=False)
-    least = sum(f.seconds for f in each)
-    values = over(3 * least, each, flat(2.0))
-    assert (values["times"], values["times_at_own_shapes"]) == (pytest.approx(3), pytest.approx(3))
-    assert "mfu" not in values
-    known = over(3.0, each, replace(flat(2.0), nominal=100.0))
-    assert known["mfu"] == pytest.approx(sum(f.operations for f in each) / 300)
 
 
 def test_ratios_are_of_rounds_and_per_token() -> None:
@@ -179,6 +138,23 @@ def test_the_command_line_reaches_every_side() -> None:
     assert not theirs.environment
 
 
+def test_trl_is_tuned_where_its_options_are_known() -> None:
+    """On a CPU they are; on a GPU its default would be measured twice under two names."""
+    assert Asked("step", "M").names == SIDES[:4]
+    assert Asked("step", "0.6B", "cuda").names == SIDES[:3]
+    assert Asked("rollout", "0.6B", "cuda").names == ("lit-rlvr", "TRL")
+    words = ["step", "--size", "0.6B", "--device", "cuda", "--sides", "TRL tuned"]
+    with pytest.raises(SystemExit, match='error: "TRL tuned" has no options of its own on a GPU'):
+        asked(parser().parse_args(words))
+    options = {"per_device_train_batch_size": 16}
+    (found,) = sides(asked(parser().parse_args([*words, "--trl", json.dumps(options)])), "there")
+    assert isinstance(found.settings, Settings)
+    assert (found.settings.trl, found.settings.dtype) == (options, "bfloat16")
+    assert not found.environment
+    with pytest.raises(SystemExit, match='--trl is for "TRL tuned", which is not among --sides'):
+        asked(parser().parse_args(["train", "--sides", "TRL", "--trl", json.dumps(options)]))
+
+
 def test_the_cluster_estimate_knows_this_machine() -> None:
     """At full ceilings: all multiplications of a step but the last token's, which the floors leave out."""
     settings = Settings("", HAND, rho=0.5)
@@ -189,6 +165,9 @@ def test_the_cluster_estimate_knows_this_machine() -> None:
     layers = 2 * HAND.body * 12 + 2 * 2 * 6 * 12**2
     assert training(work, machine).seconds == pytest.approx(6 * (3 * layers + 3 * 2 * 40 * 7 * 0.5) / (2 * share))
     assert rollout(work, machine).bound == "multiplications"
+    narrow = replace(settings, device="cuda")
+    assert work_of(narrow).scorings == 1  # bfloat16 rollouts do not give the training model's entropies
+    assert work_of(replace(narrow, rho=1.0)).scorings == work.scorings == 0
 
 
 def test_clocks_and_memory_of_this_process() -> None:
@@ -240,7 +219,7 @@ def test_refused_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="error: model S is not measured on cuda"):
         given.run(given)
     namespace = SimpleNamespace(benchmark="cluster", size="M", device="cpu", repeats=1, sides=[], ends=0, select="top")
-    assert asked(SimpleNamespace(**vars(namespace), batch={}, engine={})).work == "step"  # type: ignore[arg-type]
+    assert asked(SimpleNamespace(**vars(namespace), batch={}, engine={}, trl={})).work == "step"  # type: ignore[arg-type]
 
 
 def test_tables_are_put_into_a_page(tmp_path: Path) -> None:
