@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.aims import aims
 from benchmarks.compare import answer
 from benchmarks.memory import cases
 from benchmarks.models import SIZES, write
@@ -43,7 +44,14 @@ def test_each_prints_its_lines() -> None:
     assert min(measured) > 0
     sampled = {(line["benchmark"], line["side"]): line for line in lines if line.get("tokens_per_second")}
     assert set(sampled) == {(work, who) for work in ("step", "rollout") for who in ("lit-rlvr", "TRL")}
-    assert render(lines).count("\n**") == len(kinds)  # all but the first, and predictions
+    assert render(lines).count("\n**") == len(kinds) + 1  # and predictions; aims come first
+    as_s = [{**line, "size": "S"} for line in lines]
+    found = {aim.what: aim.find(as_s) for aim in aims()}
+    first = found["step on S, TRL / lit-rlvr"]
+    assert first is not None
+    assert first.possible is not None
+    for what in ("peak memory of a step on S, lit-rlvr / TRL", "explain's estimate of memory, worst deviation (%)"):
+        assert found[what] is not None
 
 
 @pytest.mark.slow
