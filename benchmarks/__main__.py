@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 import benchmarks.cluster
 import benchmarks.floors
 import benchmarks.head
@@ -110,6 +112,8 @@ def asked(given: argparse.Namespace) -> Asked:
 
 def every(given: argparse.Namespace) -> None:
     """Run ``all``."""
+    if given.quick and given.sizes:
+        raise SystemExit("error: --quick runs a tiny model; leave out --sizes")
     try:
         sizes = benchmarks.suite.chosen(given.sizes, given.device)
     except ValueError as error:
@@ -138,6 +142,8 @@ def main() -> None:
     given = parser().parse_args()
     if getattr(given, "repeats", 1) < 1:
         raise SystemExit("--repeats must be at least 1")
+    if getattr(given, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: --device cuda: PyTorch sees no GPU here")
     given.run(given)
 
 

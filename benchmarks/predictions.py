@@ -56,15 +56,15 @@ PREDICTIONS = (
     Prediction("training on M, TRL / ours", 3.2, FLOOR, "median", against_trl("step", "train", "M", "TRL")),
     Prediction(
         "head at 49k, full logits / selected", 6.4, PROTOTYPE, "times_faster",
-        {"benchmark": "head", "vocabulary": 49_152, "side": "selected head"},
+        {"benchmark": "head", "vocabulary": 49_152, "side": "selected head", "device": "cpu"},
     ),
     Prediction(
         "head at 152k, full logits / selected", 3.4, PROTOTYPE, "times_faster",
-        {"benchmark": "head", "vocabulary": 151_936, "side": "selected head"},
+        {"benchmark": "head", "vocabulary": 151_936, "side": "selected head", "device": "cpu"},
     ),
     Prediction(
         "extra memory of the selected head at 49k (MiB)", 219, PROTOTYPE, "extra",
-        {"benchmark": "head", "vocabulary": 49_152, "side": "selected head"},
+        {"benchmark": "head", "vocabulary": 49_152, "side": "selected head", "device": "cpu"},
     ),
     Prediction(
         "training on all tokens / on 20 %, V 49k", 1.54, COUNT, "cheaper_than_all",

@@ -19,6 +19,7 @@ def machine(device: str) -> dict[str, Any]:
     """Where and with what a result was measured."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "cuda": torch.version.cuda if device == "cuda" else None,
         "processor": processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),

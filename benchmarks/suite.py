@@ -43,26 +43,27 @@ def alone(name: str, device: str) -> None:
     if name == "S":
         head.main("49k", device, 2, 0.2)
     elif name == "M":
-        scaling.main("wide", device, 1, ["rho"], {}, longest=0)
+        scaling.main("wide", device, rounds, ["rho"], {}, longest=0)
         head.main("152k", device, 2, 0.2, ("full", "selected"))
     elif name == "0.6B":
         for work in ("49k", "152k"):
             head.main(work, device, 5, 0.2)
 
 
-def quick() -> None:
-    """Every benchmark once, on a tiny model, in copies of this process."""
-    launch.fork_from_here()
-    ceilings = measured(SIZES["tiny"], "cpu")
-    floors.main("tiny", Settings("", SIZES["tiny"]), ceilings)
+def quick(device: str) -> None:
+    """Every benchmark once, on a tiny model; on a CPU in copies of this process, which a GPU does not allow."""
+    if device == "cpu":
+        launch.fork_from_here()
+    ceilings = measured(SIZES["tiny"], device)
+    floors.main("tiny", Settings("", SIZES["tiny"], device), ceilings)
     sides = ("lit-rlvr", "TRL")
-    cluster.compare("tiny", step.main(Asked("step", "tiny", repeats=1, sides=sides), ceilings), ceilings)
-    step.main(Asked("rollout", "tiny", repeats=1, sides=sides, ends=16))
-    step.main(Asked("train", "tiny", repeats=1, sides=sides), ceilings)
-    head.main("tiny", "cpu", 1, 0.2)
+    cluster.compare("tiny", step.main(Asked("step", "tiny", device, 1, sides), ceilings), ceilings)
+    step.main(Asked("rollout", "tiny", device, 1, sides, ends=16))
+    step.main(Asked("train", "tiny", device, 1, sides), ceilings)
+    head.main("tiny", device, 1, 0.2)
     of = ["length", "rows", "rho"]
-    scaling.main("tiny", "cpu", 1, of, {}, longest=8, prompts=(1, 2), shares=(1.0, 0.2))
-    memory.main("tiny", "cpu", most=1)
+    scaling.main("tiny", device, 1, of, {}, longest=8, prompts=(1, 2), shares=(1.0, 0.2))
+    memory.main("tiny", device, most=1)
 
 
 def chosen(sizes: list[str], device: str) -> list[str]:
@@ -85,7 +86,7 @@ def main(sizes: list[str], device: str, quickly: bool) -> None:
         quickly: Only see whether they work.
     """
     if quickly:
-        quick()
+        quick(device)
         return
     for size in sizes:
         compared(size, device)

@@ -136,7 +136,7 @@ def cell(value: Any) -> str:
 
 def where(results: Sequence[dict[str, Any]]) -> str:
     """Machine, versions and commands."""
-    facts = ("device", "processor", "cores", "python", "torch", "transformers", "trl", "lightning")
+    facts = ("device", "cuda", "processor", "cores", "python", "torch", "transformers", "trl", "lightning")
     machines = dict.fromkeys(
         ", ".join(f"{name} {line[name]}" for name in facts if line.get(name) is not None) for line in results
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import suite
-from benchmarks.__main__ import asked, parser
+from benchmarks.__main__ import asked, main, parser
 from benchmarks.ceilings import Ceilings, fastest, shapes
 from benchmarks.cluster import this_machine, work_of
 from benchmarks.compare import Side, costs, median, per_token, rates, ratios, spread
@@ -207,7 +207,7 @@ def test_tables_are_made_of_lines(tmp_path: Path) -> None:
         render([{"benchmark": "step", "kind": "odd"}])
 
 
-def test_refused_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_command_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for options in (["step", "--size", "XL"], ["nothing"], ["rollout", "--sides", "else"]):
         with pytest.raises(SystemExit):
             parser().parse_args(options)
@@ -218,6 +218,13 @@ def test_refused_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
     given = parser().parse_args(["all", "--device", "cuda", "--sizes", "S"])
     with pytest.raises(SystemExit, match="error: model S is not measured on cuda"):
         given.run(given)
+    given = parser().parse_args(["all", "--quick", "--sizes", "S"])
+    with pytest.raises(SystemExit, match="error: --quick runs a tiny model"):
+        given.run(given)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "floors", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="error: --device cuda: PyTorch sees no GPU here"):
+        main()
     namespace = SimpleNamespace(benchmark="cluster", size="M", device="cpu", repeats=1, sides=[], ends=0, select="top")
     assert asked(SimpleNamespace(**vars(namespace), batch={}, engine={}, trl={})).work == "step"  # type: ignore[arg-type]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.aims import Aim, Found, aims, peak_over_trl, ratio, worst_estimate
+from benchmarks.aims import Aim, Found, aims, over_trl, ratio, worst_estimate
 from benchmarks.table import aimed
 
 STEP = {"benchmark": "step", "size": "S", "part": "step", "ends": 0}
@@ -48,11 +48,13 @@ def test_memory_against_trl_and_against_the_estimate() -> None:
     held = {**STEP, "kind": "memory"}
     del held["part"]
     ours, theirs = {**held, "side": "lit-rlvr", "peak": 90.0}, {**held, "side": "TRL", "peak": 120.0}
-    assert peak_over_trl("S")([ours, theirs]) == Found(0.75)
-    assert peak_over_trl("S")([ours]) is None
-    assert worst_estimate([{"kind": "estimate", "ratio": ratio} for ratio in (1.1, 0.8, 1.0)]) == Found(
-        pytest.approx(20)
-    )
+    assert over_trl("peak", "S")([ours, theirs]) == Found(0.75)
+    assert over_trl("extra", "S")([{**ours, "extra": 30.0}, {**theirs, "extra": 20.0}]) == Found(1.5)
+    assert over_trl("peak", "S")([ours]) is None
+    estimates = [
+        {"kind": "estimate", "size": size, "ratio": found} for size, found in (("S", 1.1), ("M", 0.8), ("tiny", 2.0))
+    ]
+    assert worst_estimate(estimates) == Found(pytest.approx(20))
     assert worst_estimate([held]) is None
 
 
