@@ -18,6 +18,9 @@ COUNTED: tuple[Counted, ...] = ("least", "all tokens")
 response. The second is what an implementation works on that leaves nothing out but the head of tokens that do not
 learn; rollouts are the same in both."""
 
+BYTES = {"cpu": 4, "cuda": 2}
+"""Of a weight."""
+
 
 @dataclass(frozen=True)
 class Floor:
@@ -47,7 +50,7 @@ def floors(settings: Settings, ceilings: Ceilings, counted: Counted) -> list[Flo
     """Every kind of work of a step whose responses are all of the longest length.
 
     Padding, samplers, norms, activations and whatever is not a matrix product count nothing; AdamW counts the bytes
-    that it must move.
+    that it must move, and decoding on a GPU those that it must read, where they take longer than its products.
 
     Args:
         settings: Model, work and share of tokens that learn, drawn by lot.
@@ -69,8 +72,27 @@ def floors(settings: Settings, ceilings: Ceilings, counted: Counted) -> list[Flo
         Floor(part, name, ops, ops / ceilings.best, ops / rates.get((part, name), ceilings.best))
         for part, name, ops in operations(size, settings.rho, counted)
     ]
-    moved = 7.0 * (4 if settings.device == "cpu" else 2) * (size.body + size.head) / ceilings.bandwidth
-    return [*each, Floor("train", "AdamW", 0.0, moved, moved)]
+    moved = 7.0 * BYTES[settings.device] * (size.body + size.head) / ceilings.bandwidth
+    each.append(Floor("train", "AdamW", 0.0, moved, moved))
+    return [*each, waiting(size, ceilings, each)] if settings.device == "cuda" else each
+
+
+def waiting(size: Size, ceilings: Ceilings, each: list[Floor]) -> Floor:
+    """What reading weights and cache takes beyond the products of decoding, of a model that no cache of a GPU holds."""
+    products = [f for f in each if f.part == "rollout" and f.name != "prompts"]
+    seconds = BYTES["cuda"] * read_to_decode(size) / ceilings.bandwidth
+    beyond = max(0.0, seconds - sum(f.seconds for f in products))
+    at_own = max(0.0, seconds - sum(f.reachable for f in products))
+    return Floor("rollout", "memory, beyond products", 0.0, beyond, at_own)
+
+
+def read_to_decode(size: Size) -> float:
+    """Numbers that decoding reads, with all rows at a time: weights, keys and values, those of a prompt once for all of
+    its responses.
+    """
+    steps = size.new_tokens - 1
+    tokens = size.prompts * size.prompt_tokens * steps + size.rows * steps * size.new_tokens / 2
+    return (size.body + size.head) * steps + 2.0 * size.layers * size.key_heads * size.head_size * tokens
 
 
 def operations(size: Size, rho: float, counted: Counted) -> Iterator[tuple[str, str, float]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.ceilings import BACK_TO_BACK, PACKED, Ceilings, fastest, shapes
 from benchmarks.entering import chosen, every_token, least, none_of, sampled
-from benchmarks.floors import COUNTED, floors, needed_to_train
+from benchmarks.floors import COUNTED, floors, needed_to_train, read_to_decode
 from benchmarks.gate import Clock
 from benchmarks.models import SIZES, Size
 from benchmarks.settings import Settings
@@ -133,6 +133,21 @@ def test_operations_of_a_step_by_hand() -> None:
     }
     all_of_them = floors(Settings("", HAND, rho=0.2), flat(2.0), "all tokens")
     assert {(f.part, f.name): f.operations for f in all_of_them} == pytest.approx(wanted)
+
+
+def test_decoding_on_a_gpu_waits_for_memory() -> None:
+    """6 steps read all weights, 2 layers' keys and values of 3 numbers for 2 prompts of 5, and for 6 rows so far."""
+    tokens = 6 * 2 * 5 + 6 * (1 + 2 + 3 + 4 + 5 + 6)
+    assert read_to_decode(HAND) == 6 * (288 + 40) + 2 * 2 * 3 * tokens
+    slow = {f.name: f for f in floors(Settings("", HAND, "cuda"), flat(1e9), "least") if f.part == "rollout"}
+    multiplied = sum(slow[name].seconds for name in ("body", "attention", "head"))
+    found = slow["memory, beyond products"]
+    assert found.seconds == pytest.approx(2 * read_to_decode(HAND) / 1e3 - multiplied)
+    assert found.operations == 0
+    for counted in COUNTED:
+        busy = floors(Settings("", HAND, "cuda"), flat(1e-9), counted)
+        assert [f.seconds for f in busy if f.name == "memory, beyond products"] == [0.0]
+    assert not [f for f in floors(Settings("", HAND), flat(1e9), "least") if "memory" in f.name]
 
 
 def test_products_of_their_own_shape() -> None:
