@@ -64,7 +64,7 @@ seeds: setup     ## The quickstart on seeds 0, 1 and 2, and the bottom-80 % cont
 # Lines of JSON go to $(RESULTS), tables to the terminal. SIZES=S or SIZES=M measures one of the two models.
 SIZES ?= S M
 RESULTS ?= benchmarks.jsonl
-bench: setup     ## Everything against TRL and the machine's ceilings on the CPU; a quarter of an hour.
+bench: setup     ## Everything against TRL and the machine's ceilings on the CPU; a third of an hour.
 	$(RUN)/python -m benchmarks all --sizes $(SIZES) >$(RESULTS)
 	$(RUN)/python -m benchmarks table $(RESULTS)
 

@@ -182,6 +182,33 @@ def test_clocks_and_memory_of_this_process() -> None:
         assert memory.peak() - before > 60
 
 
+def test_clocks_and_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of a GPU: events in milliseconds, which count once it has caught up, and torch's own bytes."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("record")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end is not self
+            assert done == ["record", "record", "wait"]
+            return 1500.0
+
+    stand_in = {
+        "Event": Event, "synchronize": lambda: done.append("wait"), "memory_allocated": lambda: 3 * 2**20,
+        "max_memory_allocated": lambda: 7 * 2**20, "reset_peak_memory_stats": lambda: done.append("forget"),
+    }  # fmt: skip
+    for name, value in stand_in.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    clock, memory = Clock("cuda"), Memory("cuda")
+    assert clock.since(clock.now()) == 1.5
+    assert (memory.forget(), memory.peak(), done[-1]) == (3.0, 7.0, "forget")
+
+
 def test_tables_are_made_of_lines(tmp_path: Path) -> None:
     file = tmp_path / "lines"
     facts = {"processor": "X", "cores": 2, "load": 0.1, "command": "python -m benchmarks step"}
