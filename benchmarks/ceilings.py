@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,7 +23,8 @@ from lit_rlvr.matmul import packed_linears
 SECONDS = 0.3
 """Least time that each measurement takes."""
 BACK_TO_BACK = 0.005
-"""Least time between two events on a GPU: launching one small product takes longer than computing it."""
+"""Least time between two looks at the clock: a GPU takes longer to launch a small product than to compute it, and the
+clock of a process is coarse."""
 COPIED = 2**28
 """Bytes that are copied: more than any cache holds."""
 SQUARE = {"cpu": 1024, "cuda": 8192}
@@ -73,19 +73,22 @@ def shapes(size: Size, device: str = "cpu") -> dict[str, tuple[int, int, int]]:
 
 
 def fastest(clock: Clock, work: Callable[[], Any]) -> float:
-    """Least seconds of a piece of work, after a first time that does not count; on a GPU, of many back to back."""
-    work()
-    start = clock.now()
-    work()
-    times = math.ceil(BACK_TO_BACK / max(clock.since(start), 1e-6)) if clock.cuda else 1
-    least, total, number = math.inf, 0.0, 0
-    while total < SECONDS or number < 3:
+    """Least seconds of a piece of work, of many back to back if it is small, after a first time that does not count."""
+
+    def taken(times: int) -> float:
         start = clock.now()
         for _ in range(times):
             work()
-        taken = clock.since(start)
-        least, total, number = min(least, taken), total + taken, number + 1
-    return least / times
+        return clock.since(start)
+
+    work()
+    times = 1
+    while taken(times) < BACK_TO_BACK:
+        times *= 2
+    each: list[float] = []
+    while sum(each) < SECONDS or len(each) < 3:
+        each.append(taken(times))
+    return min(each) / times
 
 
 def measure(size: Size, device: str) -> Ceilings:

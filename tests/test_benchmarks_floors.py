@@ -171,15 +171,17 @@ def test_distance_to_the_floor() -> None:
         assert known["mfu"] == pytest.approx(sum(f.operations for f in each) / 300)
 
 
-def test_small_products_run_back_to_back_on_a_gpu() -> None:
-    """Between two of its events there is more than one."""
+def test_small_products_run_back_to_back() -> None:
+    """Between two looks at the clock there is more than one; a large one is measured alone."""
     done = [0]
 
-    class Card(Clock):
-        """Takes 0.1 ms for a piece of work, and 1 ms to be asked."""
+    class Slow(Clock):
+        """Takes 1 ms to be asked, in a world in which a piece of work takes ``each`` seconds."""
+
+        each = 1e-4
 
         def now(self) -> float:
-            return done[0] * 1e-4
+            return done[0] * self.each
 
         def since(self, start: float) -> float:
             return self.now() - start + 1e-3
@@ -187,7 +189,28 @@ def test_small_products_run_back_to_back_on_a_gpu() -> None:
     def work() -> None:
         done[0] += 1
 
-    assert 1e-4 < fastest(Card("cuda"), work) < 4e-4
-    assert BACK_TO_BACK > 1e-3
-    assert fastest(Card("cpu"), work) == pytest.approx(1.1e-3)
+    clock = Slow("cpu")
+    assert 1e-4 < fastest(clock, work) < 4e-4
+    clock.each = 2 * BACK_TO_BACK
+    assert fastest(clock, work) == pytest.approx(2 * BACK_TO_BACK + 1e-3)
+
+
+def test_a_coarse_clock_does_not_make_a_product_free() -> None:
+    """It goes on by 1 ms at a time, so that what it tells of 5 ms or more is a fifth too short at worst."""
+    done = [0]
+
+    class Coarse(Clock):
+        def now(self) -> float:
+            return done[0] // 10 * 0.001
+
+        def since(self, start: float) -> float:
+            return self.now() - start
+
+    def work() -> None:
+        done[0] += 1
+
+    assert 0.8e-4 <= fastest(Coarse("cpu"), work) <= 1.01e-4
+
+
+def test_a_gpu_gets_larger_products() -> None:
     assert shapes(HAND, "cuda")["body"][0] > shapes(HAND, "cpu")["body"][0]
