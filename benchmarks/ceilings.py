@@ -60,7 +60,7 @@ class Ceilings:
 
 def shapes(size: Size, device: str = "cpu") -> dict[str, tuple[int, int, int]]:
     """Rows, inner and outer width of the products that a step is made of, and of a large one."""
-    tokens, chunk, square = MICRO_TOKENS[device], CHUNK_ROWS, SQUARE[device]
+    tokens, chunk, square = MICRO_TOKENS[device], CHUNK_ROWS[device], SQUARE[device]
     return {
         "square": (square, square, square),
         "body": (tokens, size.hidden, size.feed_forward),

@@ -213,4 +213,5 @@ def test_a_coarse_clock_does_not_make_a_product_free() -> None:
 
 
 def test_a_gpu_gets_larger_products() -> None:
-    assert shapes(HAND, "cuda")["body"][0] > shapes(HAND, "cpu")["body"][0]
+    for product in ("square", "body", "head"):
+        assert shapes(HAND, "cuda")[product][0] > shapes(HAND, "cpu")[product][0]
