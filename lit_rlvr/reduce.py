@@ -110,17 +110,6 @@ def on_every_rank(do: Callable[[], T], reduce: Reduce, meanwhile: Iterable[Any] 
     return [result for _, result in said]
 
 
-def on_first_rank(do: Callable[[], Any], reduce: Reduce, meanwhile: Iterable[Any] = ()) -> None:
-    """Do something on rank 0 and wait for it on all; its failure is raised on every rank, so that none waits for ever.
-
-    Args:
-        do: What rank 0 does.
-        reduce: Reaches the other ranks.
-        meanwhile: What the others go through at the same time, and rank 0 what it has left of it.
-    """
-    on_every_rank(do if reduce.rank == 0 else lambda: None, reduce, meanwhile)
-
-
 def _in_words(error: Exception) -> str:
     """A sentence as it is; what is none, like the missing key of a KeyError, with the name of its class."""
     words = str(error)

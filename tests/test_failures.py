@@ -10,7 +10,7 @@ from failing_run import CASES
 from rollouts import ThreadedReduce, run_ranks
 from test_ddp import torchrun
 
-from lit_rlvr.reduce import LocalReduce, on_every_rank, on_first_rank
+from lit_rlvr.reduce import LocalReduce, on_every_rank
 
 
 def test_all_ranks_learn_what_each_did() -> None:
@@ -37,12 +37,6 @@ def test_all_ranks_learn_who_failed(error: Exception, words: str) -> None:
         return str(caught.value)
 
     assert run_ranks(3, work) == [f"on rank 1: {words}", str(error), f"on rank 1: {words}"]
-
-
-def test_the_first_rank_may_act_alone() -> None:
-    did: list[int] = []
-    run_ranks(2, lambda reduce: on_first_rank(lambda: did.append(reduce.rank), reduce))
-    assert did == [0]
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from lit_rlvr.engines.vllm_client import VLLMClient
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import Reduce
 from lit_rlvr.reduce import on_every_rank as on_every_rank
-from lit_rlvr.reduce import on_first_rank as on_first_rank
 from lit_rlvr.weights import named_weights
 
 
@@ -116,3 +115,14 @@ def everywhere(servers: Sequence[VLLMClient], do: Callable[[VLLMClient], Any]) -
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
         for done in [pool.submit(do, server) for server in servers]:
             done.result()
+
+
+def on_first_rank(do: Callable[[], Any], reduce: Reduce, meanwhile: Iterable[Any] = ()) -> None:
+    """Do something on rank 0 and wait for it on all; its failure is raised on every rank, so that none waits for ever.
+
+    Args:
+        do: What rank 0 does.
+        reduce: Reaches the other ranks.
+        meanwhile: What the others go through at the same time, and rank 0 what it has left of it.
+    """
+    on_every_rank(do if reduce.rank == 0 else lambda: None, reduce, meanwhile)
