@@ -51,7 +51,11 @@ CASES: dict[str, dict[str, Any]] = {
     "ragged": {"batch": Batch(prompts=3, responses=4, minibatch_prompts=1, micro_tokens=40)},
     "ppo": {"advantage": GAE(), "critic": Critic(lr=1e-2), "kl": KLPenalty(beta=0.5, where="reward")},
     "steps": {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0)},
-    "bfloat16": {"dtype": "float32", "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.03)},
+    "bfloat16": {
+        "dtype": "float32",
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.03),
+        "batch": Batch(4, 4, 2, micro_tokens=50),  # several micro-batches, which two processes cut in another way
+    },
 }
 if find_spec("peft") is not None:
     CASES["lora"] = {"lora": LoRA(), "kl": KLPenalty(beta=0.5)}
