@@ -28,11 +28,11 @@ class PhaseCheckpoint(Checkpoint):
 
     Args:
         every: Most rollout phases between two checkpoints.
-        minutes: At the end of a phase, save as well when so many minutes have passed since the last checkpoint, so that
-            of phases that take hours each is saved; null: only ``every`` counts.
         keep: Newest checkpoints to keep; older ones are deleted.
         folder: Where to; null: ``checkpoints`` in the trainer's ``default_root_dir``.
         at_end: Save at the end of training too, so that a finished run can be extended.
+        minutes: At the end of a phase, save as well when so many minutes have passed since the last checkpoint, so that
+            of phases that take hours each is saved; null: only ``every`` counts.
 
     Raises:
         ValueError: When a number is below 1, or ``minutes`` not above 0.
