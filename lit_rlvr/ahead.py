@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_rlvr.collect import Responses, Tally
 from lit_rlvr.engines import Engine
-from lit_rlvr.reduce import Reduce
+from lit_rlvr.reduce import Reduce, on_every_rank
 
 if TYPE_CHECKING:
     from lit_rlvr.module import RLVRModule
@@ -66,15 +66,13 @@ class LookAhead(Callback):
         if self._future is None:
             return
         started = time.perf_counter()
-        problem = self._future.exception()
-        said = reduce.gather(problem and str(problem))
-        self._waited += time.perf_counter() - started
         future, self._future = self._future, None
-        if problem is not None:
-            raise problem
-        if failed := [text for text in said if text is not None]:
-            raise RuntimeError(failed[0])
-        self._ready = future.result()
+
+        def end() -> None:
+            self._ready = future.result()
+
+        on_every_rank(end, reduce)
+        self._waited += time.perf_counter() - started
 
     def take(self, step: int) -> Responses | None:
         """What was sampled ahead for the phase that begins after ``step`` optimiser steps, if anything was."""

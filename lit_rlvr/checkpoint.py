@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.optim import Optimizer
@@ -25,29 +27,52 @@ class PhaseCheckpoint(Checkpoint):
     Resume with ``lit-rlvr fit --config ... --ckpt_path=runs/NAME/checkpoints/last.ckpt``.
 
     Args:
-        every: Rollout phases between two checkpoints.
+        every: Most rollout phases between two checkpoints.
         keep: Newest checkpoints to keep; older ones are deleted.
         folder: Where to; null: ``checkpoints`` in the trainer's ``default_root_dir``.
         at_end: Save at the end of training too, so that a finished run can be extended.
+        minutes: At the end of a phase, save as well when so many minutes have passed since the last checkpoint, so that
+            of phases that take hours each is saved; null: only ``every`` counts.
 
     Raises:
-        ValueError: When a number is below 1.
+        ValueError: When a number is below 1, or ``minutes`` not above 0.
     """
 
-    def __init__(self, every: int = 20, keep: int = 2, folder: str | None = None, at_end: bool = True) -> None:
+    def __init__(
+        self,
+        every: int = 20,
+        keep: int = 2,
+        folder: str | None = None,
+        at_end: bool = True,
+        minutes: float | None = 30.0,
+    ) -> None:
         if every < 1 or keep < 1:
             raise ValueError(f"PhaseCheckpoint.every and keep must be at least 1, got {every} and {keep}")
-        self.every, self.keep, self.folder, self.at_end = every, keep, folder, at_end
+        if minutes is not None and not minutes > 0:
+            raise ValueError(f"PhaseCheckpoint.minutes must be above 0, or null for no limit, got {minutes}")
+        self.every, self.keep, self.folder, self.at_end, self.minutes = every, keep, folder, at_end, minutes
         self.due = False
         """Save at the end of this phase, whatever its number: the run is about to be stopped."""
         self._saved: list[str] = []
+        self._since = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._since = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         done = batch.phase + 1
         last = batch.minibatch == pl_module.batch.steps_per_phase - 1
         ends = self.at_end and trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps
-        if last and (done % self.every == 0 or ends or self.due):
+        if last and (done % self.every == 0 or ends or self.due or self._late(pl_module)):
             self._save(trainer, done)
+            self._since = time.monotonic()
+
+    def _late(self, pl_module: Any) -> bool:
+        """Whether the last checkpoint is too long ago on any rank; every rank calls it."""
+        if self.minutes is None:
+            return False
+        seconds = float(pl_module.reduce.max(torch.tensor(time.monotonic() - self._since)))
+        return seconds >= 60 * self.minutes
 
     def where(self, trainer: pl.Trainer) -> Path:
         """The folder of the checkpoints."""

@@ -53,6 +53,7 @@ from lit_rlvr.saving import SavePolicy  # noqa: E402
 from lit_rlvr.tasks import Task  # noqa: E402
 from lit_rlvr.tracking import MLflow, RunRecord, SaveConfig  # noqa: E402
 from lit_rlvr.trainer import RLVRTrainer  # noqa: E402
+from lit_rlvr.waiting import let_ddp_wait  # noqa: E402
 from lit_rlvr.warmup import Warmup  # noqa: E402
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -267,6 +268,7 @@ def run(arguments: list[str], command_line: type[CLI] = CLI) -> int:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     keep_comments_as_text()
     replace_whole_lists()
+    let_ddp_wait()
     usage = {name: {"parser_mode": MODE, "usage": f"lit-rlvr {name} [options]"} for name in CLI.subcommands()}
     sys.argv = [sys.argv[0], *arguments]  # what Lightning's launchers start other ranks with
     try:

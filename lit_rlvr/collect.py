@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lit_rlvr.engines import Engine, Generation, Sampling
 from lit_rlvr.policy import Policy
-from lit_rlvr.reduce import Reduce
+from lit_rlvr.reduce import Reduce, on_every_rank
 from lit_rlvr.shaping import DynamicSampling
 from lit_rlvr.tasks import Score
 from lit_rlvr.types import EncodedPrompt, RolloutBatch
@@ -147,6 +148,9 @@ class Collector:
 
         Returns:
             The usable groups that this rank sampled (on the CPU), and what happened.
+
+        Raises:
+            Exception: On every rank, what went wrong on one while it sampled or verified.
         """
         tally, kept = Tally(reward_names=self.verifier.task.reward_names), list[RolloutBatch]()
         drawn = usable = 0
@@ -155,15 +159,9 @@ class Collector:
             mine, draws = self.share(prompts, drawn, reduce)
             drawn += len(prompts)
             tally.rounds += 1
-            if first is None:
-                rollout = self.verify(self.ask(policy, mine, draws, phase), tally)
-            else:
-                assert first.prompts == mine, "prompts that were looked at are those that are drawn next"
-                rollout, first = self.verify(first, tally), None
-            if self.filter is not None:
-                rollout = rollout.rows(self.filter.mixed(rollout.correct, rollout.group).nonzero().squeeze(-1))
-            kept.append(rollout)
-            usable += int(reduce.sum(torch.tensor(len(rollout) // self.samples)))
+            assert first is None or first.prompts == mine, "prompts that were looked at are those that are drawn next"
+            round = partial(self._round, tally, kept, first, policy, mine, draws, phase)
+            usable, first = usable + sum(on_every_rank(round, reduce)), None
         if not usable and reduce.rank == 0:
             log.warning(
                 "phase %d: all %d sampled groups are all right or all wrong; its optimiser steps are skipped",
@@ -172,6 +170,14 @@ class Collector:
             )
         tally.usable = usable
         return RolloutBatch.concatenate(kept), tally
+
+    def _round(self, tally: Tally, kept: list[RolloutBatch], first: Responses | None, *asked: Any) -> int:
+        """Sample, unless ``first`` has been, and verify; put the usable groups among the kept, and count them."""
+        rollout = self.verify(first or self.ask(*asked), tally)
+        if self.filter is not None:
+            rollout = rollout.rows(self.filter.mixed(rollout.correct, rollout.group).nonzero().squeeze(-1))
+        kept.append(rollout)
+        return len(rollout) // self.samples
 
     def _ask(self, missing: int, usable: int, drawn: int, wanted: int) -> int:
         """Prompts to draw next: what is missing, at the rate of usable groups so far, and never above a full batch."""
@@ -208,6 +214,11 @@ class Collector:
         rollout = to_rollout(prompts, n, responses.uid, out, verdicts.scores, texts)
         tally.add(rollout, verdicts.failures.total(), verdicts.scores)
         return rollout
+
+
+def rest(engine: Engine, reduce: Reduce) -> None:
+    """Tell the engine that sampling is over; every rank calls it, and what goes wrong on one is raised on all."""
+    on_every_rank(partial(engine.rest, reduce), reduce)
 
 
 def decode(tokenizer: Any, out: Generation) -> tuple[str, ...]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lit_rlvr.collect import decode
+from lit_rlvr.collect import decode, rest
 from lit_rlvr.data import EvalTicket
 from lit_rlvr.metrics import EvaluationMetrics
+from lit_rlvr.reduce import on_every_rank
 from lit_rlvr.settings import Evaluation
 from lit_rlvr.types import EncodedPrompt
 
@@ -47,24 +49,33 @@ class Evaluator(torch.nn.Module):
                     self.metrics[f"{way}/{benchmark}"] = metrics.to(device)
 
     def update(self, module: RLVRModule, prompts: Sequence[EncodedPrompt]) -> None:
-        """Evaluate this rank's ``prompts``, which may be none, in every way; every rank calls it."""
+        """Evaluate this rank's ``prompts``, which may be none, in every way; every rank calls it.
+
+        Raises:
+            Exception: On every rank, what went wrong on one.
+        """
         if module.ahead is not None:
             module.ahead.wait(module.reduce)
         module.engine.sync(module.policy, module.trainer.global_step, module.reduce)
-        for name, evaluation in self.evaluations.items():
-            n = evaluation.samples
-            rows = [(EVALUATION_PHASE, p.prompt.index, s) for p in prompts for s in range(n)]
-            tokens = [p.tokens for p in prompts]
-            uid = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
-            sampling = evaluation.sampling(module.sampling.max_new_tokens)
-            out = module.engine.generate(module.policy, module.tokenizer, tokens, uid, sampling, module.seed)
-            texts = decode(module.tokenizer, out)
-            verdicts = module.data.verifier([p.prompt for p in prompts for _ in range(n)], texts)
-            for benchmark in self.benchmarks or (None,):
-                of_set = [i for i, p in enumerate(prompts) if p.prompt.benchmark == benchmark]
-                own = [i * n + s for i in of_set for s in range(n)]
-                metrics = self._metrics(name, benchmark)
-                metrics.update([verdicts.scores[i] for i in own], out.rows(torch.tensor(own, dtype=torch.int64)))
+        for name in self.evaluations:
+            on_every_rank(partial(self._draw, module, prompts, name), module.reduce)
+
+    def _draw(self, module: RLVRModule, prompts: Sequence[EncodedPrompt], name: str) -> None:
+        """Evaluate this rank's ``prompts`` in one way."""
+        evaluation = self.evaluations[name]
+        n = evaluation.samples
+        rows = [(EVALUATION_PHASE, p.prompt.index, s) for p in prompts for s in range(n)]
+        tokens = [p.tokens for p in prompts]
+        uid = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+        sampling = evaluation.sampling(module.sampling.max_new_tokens)
+        out = module.engine.generate(module.policy, module.tokenizer, tokens, uid, sampling, module.seed)
+        texts = decode(module.tokenizer, out)
+        verdicts = module.data.verifier([p.prompt for p in prompts for _ in range(n)], texts)
+        for benchmark in self.benchmarks or (None,):
+            of_set = [i for i, p in enumerate(prompts) if p.prompt.benchmark == benchmark]
+            own = [i * n + s for i in of_set for s in range(n)]
+            metrics = self._metrics(name, benchmark)
+            metrics.update([verdicts.scores[i] for i in own], out.rows(torch.tensor(own, dtype=torch.int64)))
 
     def _metrics(self, way: str, benchmark: str | None) -> EvaluationMetrics:
         metrics = self.metrics[way if benchmark is None else f"{way}/{benchmark}"]
@@ -94,7 +105,7 @@ class Evaluator(torch.nn.Module):
         for ticket in module.data.val_dataloader():
             module.validation_step(ticket, 0)
         metrics = self.finish(module.trainer.global_step)
-        module.engine.rest(module.reduce)
+        rest(module.engine, module.reduce)
         return metrics
 
 
@@ -129,7 +140,7 @@ class EvaluationSteps(pl.LightningModule):
         step = self.trainer.global_step
         metrics = {f"{split}/{name}": value for name, value in self.evaluator.finish(step).items()}
         module: Any = self
-        module.engine.rest(module.reduce)
+        rest(module.engine, module.reduce)
         training = self.trainer.state.fn == TrainerFn.FITTING
         self.log_dict(metrics, logger=False if training else None)  # None: True, without a warning where there is none
         if training and not self.trainer.sanity_checking:

@@ -30,6 +30,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import DTensor
 
 from lit_rlvr.policy import DTYPES, Policy
+from lit_rlvr.waiting import HOURS, time_limit
 
 METADATA = "meta.pt"
 """Lightning's name for the file with everything but tensors, in a folder of shards."""
@@ -47,8 +48,13 @@ class FSDP1Strategy(FSDPStrategy):
         sharding_strategy: ``FULL_SHARD`` spreads weights, gradients and optimizer state; ``SHARD_GRAD_OP`` keeps the
             weights gathered between the forward and the backward pass.
         process_group_backend: Of ``torch.distributed``; null: nccl on GPUs, else gloo.
+        timeout_hours: How long a process waits for the others before the run ends with an error: longer than sampling
+            on one device may take longer than on another.
 
     Gradients are averaged over devices in float32, or in float64 for float64 weights.
+
+    Raises:
+        ValueError: For ``timeout_hours`` that is no time.
     """
 
     def __init__(
@@ -56,11 +62,13 @@ class FSDP1Strategy(FSDPStrategy):
         param_dtype: Literal["bfloat16", "float32"] | None = None,
         sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD",
         process_group_backend: str | None = None,
+        timeout_hours: float = HOURS,
     ) -> None:
         super().__init__(
             sharding_strategy=sharding_strategy,
             state_dict_type="sharded",
             process_group_backend=process_group_backend,
+            timeout=time_limit(timeout_hours),
         )
         self.param_dtype = param_dtype
         self.mesh: DeviceMesh

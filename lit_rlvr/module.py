@@ -42,7 +42,7 @@ from lit_rlvr.minibatch import MiniBatch
 from lit_rlvr.optimizing import clip_apart, gradient_norms, parameter_groups, said_about
 from lit_rlvr.phase import Phase, run_phase
 from lit_rlvr.policy import Policy
-from lit_rlvr.reduce import Reduce, default_reduce
+from lit_rlvr.reduce import Reduce, default_reduce, on_every_rank
 from lit_rlvr.refine import of_mini_batch
 from lit_rlvr.run_models import RunModels
 from lit_rlvr.scoring import autocast_of
@@ -235,7 +235,7 @@ class RLVRModule(RunModels):
             log.info(describe_chain(self.chain))
             if self.trainer.strategy.root_device.type == "cpu":
                 keep_freed_memory()
-        self.engine.setup()
+        on_every_rank(self.engine.setup, default_reduce(self.trainer.strategy.root_device))
 
     def configure_callbacks(self) -> list[Callback]:
         return [] if self.ahead is None else [self.ahead]

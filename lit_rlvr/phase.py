@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lit_rlvr.collect import rest
 from lit_rlvr.credit import CreditContext, assign_credit, observe, shape_rewards
 from lit_rlvr.critic import score_values
 from lit_rlvr.exchange import share_groups
@@ -62,7 +63,7 @@ def run_phase(module: RLVRModule, number: int, reduce: Reduce) -> Phase:
         first = module.ahead.take(module.trainer.global_step)
     module.engine.sync(module.policy, module.trainer.global_step, reduce)
     own, tally = module.collector.collect(module.policy, module.data.draw, batch.prompts, number, reduce, first)
-    module.engine.rest(reduce)
+    rest(module.engine, reduce)
     if module.ahead is not None:
         module.ahead.begin(module, number + 1, reduce)
     rollout, owner, surplus = share_groups(own, batch.prompts, batch.minibatches, reduce)

@@ -19,16 +19,22 @@ log = logging.getLogger(__name__)
 
 EXIT_CODE = 75
 """Of the first rank's process, in place of 0: "try again" among the exit codes of Unix. The others end with 0."""
+MARKER = "stopped"
+"""A file beside the checkpoints, with the signal's name, from when a run has been stopped until it goes on.
+
+Launchers of several processes hide exit codes.
+"""
 
 
 class Preemption(Callback):
     """On a signal, ends the run after its rollout phase with a checkpoint, from which it resumes bit for bit.
 
-    A signal to any process is enough: all of them agree at the end of every phase. The run then ends with exit code 75
-    and prints how to go on. More signals change nothing; Ctrl-C and SIGKILL still end it at once.
+    A signal to any process is enough: all of them agree at the end of every phase. The run then ends with exit code 75,
+    leaves a file ``stopped`` beside its checkpoints, and prints how to go on. More signals change nothing; Ctrl-C and
+    SIGKILL still end it at once.
 
     It takes the place of Lightning's own handlers, which end a run inside a phase, and of its requeueing under SLURM: a
-    batch script requeues a job whose run ended with 75, as ``examples/multi_node/`` does.
+    batch script requeues a job that has left the file, as ``examples/multi_node/`` does.
 
     Args:
         signals: Names of signals; none: they do what they would do without this callback.
@@ -60,6 +66,8 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Install the handlers, after Lightning has installed its own; it puts the original ones back at the end."""
+        if self.signals and trainer.is_global_zero:
+            (checkpoints_of(trainer).where(trainer) / MARKER).unlink(missing_ok=True)
         if threading.current_thread() is threading.main_thread():
             for number in self.signals:
                 signal.signal(number, self._note)
@@ -95,6 +103,7 @@ class Preemption(Callback):
             raise SIGTERMException(0)
         last = checkpoints_of(trainer).where(trainer) / "last.ckpt"
         steps, name = trainer.global_step, self.agreed.name
+        last.with_name(MARKER).write_text(f"{name}\n")
         log.warning(
             "stopped by %s after %d optimiser steps; the same command with --ckpt_path=%s goes on", name, steps, last
         )

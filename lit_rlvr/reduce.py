@@ -1,12 +1,15 @@
-"""The only road to a collective: sums and maxima over ranks, and the exchange of small objects."""
+"""The only road to a collective: sums and maxima over ranks, and the exchange of small objects and of failures."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Reduce(Protocol):
@@ -74,6 +77,43 @@ def default_reduce(device: torch.device) -> Reduce:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return DistributedReduce(device)
     return LocalReduce()
+
+
+def on_every_rank(do: Callable[[], T], reduce: Reduce, meanwhile: Iterable[Any] = ()) -> list[T]:
+    """Do something on every rank and wait for all; a failure on any is raised on every rank, so that none waits for it.
+
+    Args:
+        do: What each rank does. It returns something small. A rank that fails must not leave others in a collective.
+        reduce: Reaches the other ranks.
+        meanwhile: What all go through at the same time; a rank that failed goes through what it has left of it.
+
+    Returns:
+        What it returned, in rank order.
+
+    Raises:
+        Exception: On a rank that failed, what it failed of.
+        RuntimeError: On the others, which rank failed, and of what.
+    """
+    result, failure = None, None
+    try:
+        result = do()
+    except Exception as error:
+        failure = error
+    for _ in meanwhile:
+        pass
+    said: list[tuple[str | None, T]] = reduce.gather((failure and _in_words(failure), result))
+    if failure is not None:
+        raise failure
+    for rank, (words, _) in enumerate(said):
+        if words is not None:
+            raise RuntimeError(f"on rank {rank}: {words}")
+    return [result for _, result in said]
+
+
+def _in_words(error: Exception) -> str:
+    """A sentence as it is; what is none, like the missing key of a KeyError, with the name of its class."""
+    words = str(error)
+    return words if words and isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {words}"
 
 
 def mean(reduce: Reduce, values: Tensor, mask: Tensor | None = None) -> float:

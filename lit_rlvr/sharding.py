@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
 from lit_rlvr import fsdp1
 from lit_rlvr.fsdp1 import FSDP1Strategy
 from lit_rlvr.policy import DTYPES, Policy, load_policy
+from lit_rlvr.waiting import HOURS, time_limit
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -47,11 +48,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: Every process writes its part into a folder; false: one process writes one file,
             which other strategies can open too.
         process_group_backend: Of ``torch.distributed``; null: nccl on GPUs (with gloo for ``cpu_offload``), else gloo.
+        timeout_hours: How long a process waits for the others before the run ends with an error: longer than sampling
+            on one device may take longer than on another.
 
     Gradients are averaged over devices in float32, or in float64 for float64 weights.
 
     Raises:
-        ValueError: For ``sync: last`` on a single device, whose gradients are never spread.
+        ValueError: For ``sync: last`` on a single device, whose gradients are never spread, and for ``timeout_hours``
+            that is no time.
     """
 
     def __init__(
@@ -61,11 +65,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         sync: Literal["each", "last"] = "each",
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
+        timeout_hours: float = HOURS,
     ) -> None:
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
+            timeout=time_limit(timeout_hours),
         )
         self.param_dtype, self.cpu_offload, self.sync = param_dtype, cpu_offload, sync
 

@@ -32,12 +32,13 @@ STEPS = 6
 
 
 class Recorded(NamedTuple):
-    """Every step's gradients and metrics, the weights at the end, the collectives of a generation, and how often
-    gradients were reduced in each step."""
+    """Every step's gradients and metrics, the weights at the end, the tokens that learnt in each step, the collectives
+    of a generation, and how often gradients were reduced in each step."""
 
     gradients: list[dict[str, Tensor]]
     metrics: list[dict[str, float]]
     weights: dict[str, Tensor]
+    chosen: list[list[tuple[int, ...]]]
     collectives: int = 0
     reductions: tuple[int, ...] = ()
 
@@ -50,7 +51,11 @@ CASES: dict[str, dict[str, Any]] = {
     "ragged": {"batch": Batch(prompts=3, responses=4, minibatch_prompts=1, micro_tokens=40)},
     "ppo": {"advantage": GAE(), "critic": Critic(lr=1e-2), "kl": KLPenalty(beta=0.5, where="reward")},
     "steps": {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0)},
-    "bfloat16": {"dtype": "float32"},
+    "bfloat16": {
+        "dtype": "float32",
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.03),
+        "batch": Batch(4, 4, 2, micro_tokens=50),  # several micro-batches, which two processes cut in another way
+    },
 }
 if find_spec("peft") is not None:
     CASES["lora"] = {"lora": LoRA(), "kl": KLPenalty(beta=0.5)}
@@ -60,6 +65,8 @@ act in every optimiser step, and these are large."""
 
 def cases(strategy: str) -> list[str]:
     """What a strategy can do."""
+    if strategy == "fsdp_offload":
+        return ["kl", "bfloat16"]  # a checkpoint and a critic are for resume_run.py
     left_out = {"fsdp1": ["lora"], "fsdp_last": ["plain", "dynamic", "steps", "lora"]}  # it differs from fsdp in little
     return [case for case in CASES if case not in left_out.get(strategy, [])]
 
@@ -116,11 +123,27 @@ class CountsReductions(Callback):
         self.reductions.append(self.traffic.number)
 
 
+class Chosen(Callback):
+    """The tokens of this rank that learn in each step: (phase, draw, sample, position), in order."""
+
+    def __init__(self) -> None:
+        self.tokens: list[list[tuple[int, ...]]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        mini = pl_module._mini
+        rows, positions = (mini.credit.weight > 0).nonzero(as_tuple=True)
+        uid = mini.rollout.uid.to(rows.device)[rows]
+        self.tokens.append(sorted(map(tuple, torch.cat([uid, positions[:, None]], 1).tolist())))
+
+
 class FixedEngine(InProcessEngine):
-    """Samples from the float64 model that every case starts from, whatever is trained: the same tokens in bfloat16."""
+    """Samples from the float64 model that every case starts from, whatever is trained: the same tokens in bfloat16.
+
+    Its log-probabilities and entropies are taken, so tokens are chosen by numbers that nothing has rounded.
+    """
 
     def exact(self, precision: str) -> bool:
-        return False
+        return True
 
     def generate(self, policy: Policy, *arguments: Any) -> Generation:
         return super().generate(load_policy(resolve_model(TINY), "float64"), *arguments)
@@ -130,6 +153,9 @@ STRATEGIES: dict[str, Callable[[str], Any]] = {
     "ddp": lambda case: "ddp",
     "fsdp": lambda case: FSDP2Strategy(param_dtype="bfloat16" if case == "bfloat16" else None),
     "fsdp_last": lambda case: FSDP2Strategy(param_dtype="bfloat16" if case == "bfloat16" else None, sync="last"),
+    "fsdp_offload": lambda case: FSDP2Strategy(
+        param_dtype="bfloat16" if case == "bfloat16" else None, cpu_offload=True
+    ),
     "fsdp1": lambda case: FSDP1Strategy(
         param_dtype="bfloat16" if case == "bfloat16" else None,
         sharding_strategy="SHARD_GRAD_OP" if case == "kl" else "FULL_SHARD",
@@ -149,22 +175,24 @@ def run(case: str, strategy: Any, devices: int, *watching: Callback, **more: Any
             KLCov(0.05, 0.7),
             EntropyBonus(0.1, target=9.0, delta=0.1),
         ]
-    if case == "bfloat16":  # a rounded entropy may fall on the other side of a threshold
-        options, callbacks = {**options, "engine": FixedEngine()}, []
+    if case == "bfloat16":
+        options["engine"] = FixedEngine()
+    mixed = case == "bfloat16" and isinstance(strategy, str) and options["dtype"] == "float32"
+    chosen = Chosen()
     module = tiny_module(**options)
     trainer = tiny_trainer(
         STEPS,
-        [*callbacks, *watching, recorder],
+        [*callbacks, *watching, recorder, chosen],
         devices=devices,
         strategy=strategy,
         gradient_clip_val=0.5,
-        precision="bf16-mixed" if case == "bfloat16" and strategy == "ddp" else "32-true",
+        precision="bf16-mixed" if mixed else "32-true",
         use_distributed_sampler=False,
     )
     trainer.fit(module, datamodule=RLVRDataModule(EvenTask()))
     skip = ("time/", "rollout/tokens_per_s", "engine/rows")  # each process decodes its own share
     metrics = [{n: v for n, v in step.items() if not n.startswith(skip)} for step in recorder.metrics]
-    return Recorded(recorder.gradients, metrics, recorder.weights)
+    return Recorded(recorder.gradients, metrics, recorder.weights, chosen.tokens)
 
 
 def main(folder: Path, strategies: list[str]) -> None:
@@ -174,9 +202,9 @@ def main(folder: Path, strategies: list[str]) -> None:
         for case in cases(strategy):
             decodes, counts = Decodes(), CountsReductions()
             watching: list[Callback] = [decodes, counts] if case == "kl" else [decodes]
-            gradients, metrics, weights, *_ = run(case, STRATEGIES[strategy](case), 2, *watching)
-            path = folder / f"{strategy}_{case}_{torch.distributed.get_rank()}.pt"
-            torch.save((gradients, metrics, weights, decodes.collectives, tuple(counts.reductions)), path)
+            recorded = run(case, STRATEGIES[strategy](case), 2, *watching)
+            recorded = recorded._replace(collectives=decodes.collectives, reductions=tuple(counts.reductions))
+            torch.save(tuple(recorded), folder / f"{strategy}_{case}_{torch.distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":

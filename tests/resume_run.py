@@ -25,7 +25,7 @@ from lit_rlvr.sharding import FSDP2Strategy
 
 HALF, WHOLE = 4, 8
 PPO: dict[str, Any] = {"advantage": GAE(), "critic": Critic(lr=1e-2), "dynamic_sampling": None}
-KINDS: dict[str, dict[str, Any]] = {"shards": {}, "file": {}, "critic": PPO, "fsdp1": PPO}
+KINDS: dict[str, dict[str, Any]] = {"shards": {}, "file": {}, "critic": PPO, "fsdp1": PPO, "offload": PPO}
 """What each kind of run has besides."""
 if find_spec("peft"):
     KINDS["lora"] = {"lora": LoRA()}
@@ -51,6 +51,8 @@ def main(folder: Path) -> None:
         strategy: Any = lambda: FSDP2Strategy(save_distributed_checkpoint=kind != "file")  # noqa: B023, E731
         if kind == "fsdp1":
             strategy = FSDP1Strategy
+        if kind == "offload":
+            strategy = lambda: FSDP2Strategy(cpu_offload=True)  # noqa: E731
         whole = fit(folder / kind / "whole", WHOLE, strategy(), 2, **more)
         fit(folder / kind / "half", HALF, strategy(), 2, **more)
         middle = folder / kind / "half" / "last.ckpt"

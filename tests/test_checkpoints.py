@@ -52,13 +52,13 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     ("kind", "strategy"),
     [
         ("shards", FSDP2Strategy()), ("file", FSDP2Strategy()), ("file", "auto"), ("critic", FSDP2Strategy()),
-        ("fsdp1", FSDP2Strategy()),
+        ("fsdp1", FSDP2Strategy()), ("offload", FSDP2Strategy()), ("shards", FSDP2Strategy(cpu_offload=True)),
     ],
 )  # fmt: skip
 def test_one_process_goes_on_from_two(kind: str, strategy: Any, trained: Path, tmp_path: Path, no_group: None) -> None:
     """To the weights of the run that stayed on two; a single file does not even need FSDP2.
 
-    What the first FSDP wrote is the same folder, so FSDP2 reads it.
+    What the first FSDP wrote is the same folder, so FSDP2 reads it; with weights in CPU memory as without.
     """
     middle = trained / kind / "half" / "last.ckpt"
     resumed = fit(tmp_path, WHOLE, strategy, 1, middle, **KINDS[kind])
@@ -68,7 +68,7 @@ def test_one_process_goes_on_from_two(kind: str, strategy: Any, trained: Path, t
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", ["shards", "file", "fsdp1"])
+@pytest.mark.parametrize("kind", ["shards", "file", "fsdp1", "offload"])
 def test_export_is_the_policy_at_the_end(kind: str, trained: Path, tmp_path: Path) -> None:
     """Bit for bit what rank 0 saved at the end of training, and what one process saves up to its rounding."""
     outcome = cli(tmp_path, "export", str(trained / kind / "whole" / "last.ckpt"), str(tmp_path / "out"))

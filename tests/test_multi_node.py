@@ -22,17 +22,20 @@ TRAINING = [EXAMPLES / "torchrun.sh", EXAMPLES / "train.sbatch"]
 CONFIG = "configs/quickstart.yaml"
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "lit-rlvr", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2",
-    "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "MASTER_ADDR": "localhost",
+    "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "MASTER_ADDR": "localhost", "SLURM_CPUS_PER_TASK": "1",
 }  # fmt: skip
 SRUN = """#!/usr/bin/env bash
-# srun's part: the command twice, with what tells each who it is; a signal goes to both; the highest exit code.
-[[ $1 == --kill-on-bad-exit=0 ]] && shift
+# srun's part: the command twice, with what tells each who it is; USR1 goes to both. The first that ends badly ends the
+# other, and the highest exit code is srun's. A process has the cores that srun, not the job, is told.
+[[ $1 == --kill-on-bad-exit=1 && $2 == --cpus-per-task="$SLURM_CPUS_PER_TASK" ]] || exit 99
+shift 2
 pids=() code=0
 for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids+=($!); done
 trap 'kill -USR1 "${pids[@]}"' USR1
-for pid in "${pids[@]}"; do
-  while kill -0 "$pid" 2> /dev/null; do wait "$pid"; one=$?; done
+for _ in 0 1; do
+  until wait -n -p ended; one=$?; [[ -n $ended ]]; do :; done
   (( one > code )) && code=$one
+  (( one )) && kill "${pids[@]}" 2> /dev/null
 done
 exit "$code"
 """
@@ -79,13 +82,18 @@ def test_the_command_in_a_script_is_a_run(script: Path, commands: Path, tmp_path
     seen = tmp_path / "seen"
     for name in ("torchrun", "srun"):
         command(commands / name, f'printf "%s\\n" "$@" > {shlex.quote(str(seen))}')
-    (tmp_path / "run/checkpoints/last.ckpt").mkdir(parents=True)
-    more = environment(commands, RUN=str(tmp_path / "run"), NODES="1", DEVICES="2", HEAD="node1")
+    (tmp_path / "run/checkpoints/phase_000001.ckpt").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/last.ckpt").symlink_to("phase_000001.ckpt")
+    more = environment(
+        commands, RUN=str(tmp_path / "run"), NODES="1", DEVICES="2", HEAD="node1", SLURM_CPUS_PER_TASK="3"
+    )
     subprocess.run([str(script), CONFIG, "--model.seed=3"], env=more, cwd=ROOT, check=True)
     words = seen.read_text().splitlines()
     assert words[words.index("fit") - 1] in ("lit_rlvr", "lit-rlvr")
     if script.suffix == ".sh":
         assert {"--nnodes=1", "--nproc-per-node=2", "--rdzv-endpoint=node1:29500"} <= set(words)
+    else:
+        assert words[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=3"]
     arguments = [str(ROOT / w) if w.endswith(".yaml") else w for w in words[words.index("fit") :]]
     made = yaml.safe_load(succeed(tmp_path, *arguments, "--print_config").out)
     assert made["ckpt_path"] == str(tmp_path / "run/checkpoints/last.ckpt")
@@ -107,6 +115,51 @@ def test_the_server_is_started_as_it_should(commands: Path, tmp_path: Path) -> N
     assert address.endswith(":9000")
     served = ["serve", "MODEL", "--python", ".vllm-env/bin/python", "--host", "0.0.0.0", "--port", "9000"]
     assert words == [*served, "--tensor-parallel-size", "4", "--max-model-len=4096"]
+
+
+def job(commands: Path, run: Path, does: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """The batch script, with something else in the run's place."""
+    command(commands / "srun", does)
+    (run / "checkpoints").mkdir(parents=True)
+    command_line = [str(EXAMPLES / "train.sbatch"), CONFIG]
+    given = environment(commands, RUN=str(run), **more)
+    return subprocess.run(command_line, env=given, cwd=ROOT, timeout=60, capture_output=True, text=True, check=False)
+
+
+PHASE = 'ln -s phase_000001.ckpt "$RUN/checkpoints/last.ckpt"'
+STOPPED = 'echo SIGTERM > "$RUN/checkpoints/stopped"'
+TOLD = "trap '' USR1; kill -USR1 $PPID"
+"""What a run may do: save a checkpoint, say that it was stopped, be told to stop and not hear."""
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "requeued", "said"),
+    [
+        ("exit 0", 0, False, ""),
+        ("exit 1", 1, False, ""),
+        (f"{PHASE}; {STOPPED}; exit 143", 143, True, ""),
+        (f"{PHASE}; {TOLD}; exec sleep 9", 1, True, "goes on from phase_000001.ckpt"),
+        (f"{TOLD}; exec sleep 9", 1, False, "no rollout phase ended in the time of this job"),
+    ],
+    ids=["finished", "failed", "stopped", "too slow", "far too slow"],
+)
+def test_a_job_is_requeued_when_it_can_go_on(
+    does: str, code: int, requeued: bool, said: str, commands: Path, tmp_path: Path
+) -> None:
+    """When the run was stopped, and when its phase does not end in the seconds that it is given but one has before."""
+    done = job(commands, tmp_path / "run", does, GRACE="1")
+    assert (done.returncode, (tmp_path / "scontrol").exists()) == (code, requeued), done.stderr
+    assert said in done.stderr
+
+
+def test_an_old_mark_requeues_nothing(commands: Path, tmp_path: Path) -> None:
+    """Of a job before, whose successor fails before it trains."""
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/stopped").touch()
+    command(commands / "srun", "exit 3")
+    more = environment(commands, RUN=str(tmp_path / "run"))
+    done = subprocess.run([str(EXAMPLES / "train.sbatch"), CONFIG], env=more, cwd=ROOT, timeout=60, check=False)
+    assert (done.returncode, (tmp_path / "scontrol").exists()) == (3, False)
 
 
 OPTIONS = [*TINY[2:], "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.val_check_interval=1000"]
@@ -154,9 +207,9 @@ def test_a_job_is_requeued_and_goes_on(commands: Path, tmp_path: Path) -> None:
         assert job.poll() is None, log.read_text()[-3000:]
         assert time.time() < deadline
         time.sleep(0.02)
-    (srun,) = [int(p) for p in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
-    os.kill(srun, signal.SIGUSR1)
-    assert job.wait(120) == 75, log.read_text()[-3000:]
+    os.kill(job.pid, signal.SIGUSR1)  # SLURM tells the script
+    assert job.wait(120) != 0, log.read_text()[-3000:]
+    assert "stopped by SIGUSR1" in " ".join(log.read_text().split())
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
     steps = 2 * int((run / "checkpoints/last.ckpt").resolve().stem.removeprefix("phase_")) + 4
     subprocess.run([*arguments, f"--trainer.max_steps={steps}"], env=more, cwd=ROOT, check=True, timeout=200)

@@ -22,7 +22,7 @@ from test_resume import ROOT, command, comparable
 
 from lit_rlvr import RLVRDataModule
 from lit_rlvr.checkpoint import PhaseCheckpoint
-from lit_rlvr.preemption import EXIT_CODE, Preemption
+from lit_rlvr.preemption import EXIT_CODE, MARKER, Preemption
 
 
 class Raises(Callback):
@@ -71,7 +71,9 @@ def test_a_signal_ends_the_run_after_its_phase(
     assert last.resolve().name == "phase_000002.ckpt"
     wanted = f"stopped by {number.name} after 4 optimiser steps; the same command with --ckpt_path={last} goes on"
     assert [r.message for r in caplog.records if r.name == "lit_rlvr.preemption"][-1] == wanted
+    assert last.with_name(MARKER).read_text() == f"{number.name}\n"
     resumed, second = fit(tmp_path / "stopped", Preemption(), resume=last)
+    assert not last.with_name(MARKER).exists()
     for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two)
     assert [comparable(m) for m in record.metrics[4:]] == [comparable(m) for m in second.metrics]

@@ -78,6 +78,23 @@ def test_old_checkpoints_are_deleted_and_the_last_is_linked(tmp_path: Path) -> N
     assert (tmp_path / "last.ckpt").resolve().name == "phase_000005.ckpt"
 
 
+def test_phases_that_take_long_are_saved_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the clock says 50 minutes per phase of two steps; null asks no clock."""
+
+    class Slow(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            clock[0] += 25 * 60
+
+    for minutes, names in ((49, [1, 2]), (51, [2]), (None, [])):
+        clock, folder = [0.0], tmp_path / str(minutes)
+        monkeypatch.setattr("lit_rlvr.checkpoint.time.monotonic", lambda clock=clock: clock[0])
+        checkpoints = PhaseCheckpoint(minutes=minutes, keep=9, folder=str(folder), at_end=False)
+        tiny_trainer(4, [Slow(), checkpoints]).fit(tiny_module(), datamodule=RLVRDataModule(EvenTask()))
+        assert sorted(folder.glob("phase_*")) == [folder / f"phase_{n:06d}.ckpt" for n in names]
+    with pytest.raises(ValueError, match=r"PhaseCheckpoint\.minutes must be above 0"):
+        PhaseCheckpoint(minutes=0)
+
+
 def test_the_configuration_beats_the_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
     """A changed learning rate scales the scheduled one; other settings are replaced; changes are printed."""
     weight = torch.nn.Parameter(torch.ones(1))

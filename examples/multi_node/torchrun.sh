@@ -7,8 +7,9 @@ config=$1
 shift
 nodes=${NODES:-1} devices=${DEVICES:-8}
 export RUN=${RUN:-runs/multi_node}
-# Seconds that a process is given to end its rollout phase when torchrun is told to stop.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-1800}
+# Seconds that a process is given to end its rollout phase when torchrun is told to stop. A phase that takes longer is
+# lost and sampled again; `lit-rlvr explain --cluster=2x8xH100` estimates one, and a run's log has time/phase_s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-14100}
 
 resume=()
 if [[ -e $RUN/checkpoints/last.ckpt ]]; then

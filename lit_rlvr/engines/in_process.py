@@ -69,10 +69,6 @@ class InProcessEngine(Engine):
         sampling: Sampling,
         seed: int,
     ) -> Generation:
-        longest = max((len(p) for p in prompts), default=0)
-        limit = policy.context_length
-        if limit is not None:
-            check_context(longest, sampling, limit, "the model's")
         samples = len(uid) // max(len(prompts), 1)
         assert samples * len(prompts) == len(uid)
         assert all(prompts)
@@ -82,6 +78,7 @@ class InProcessEngine(Engine):
         try:
             packed = packed_linears(policy) if self.pack_weights else nullcontext()
             with gathered(policy), packed, narrowed_linears(policy, policy.device), unrecorded(policy):
+                self._check_context(policy, prompts, sampling)  # in here: alone, a rank would miss the gathering
                 if len(uid):
                     self._decode(policy, prompts, samples, out)
         finally:
@@ -93,6 +90,11 @@ class InProcessEngine(Engine):
         rows, steps = reduce.sum(torch.tensor([self._rows, self._steps])).tolist()
         self._steps, self._rows = 0, 0
         return {"engine/rows": rows / steps if steps else 0.0}
+
+    def _check_context(self, policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        limit = policy.context_length
+        if limit is not None:
+            check_context(max(map(len, prompts), default=0), sampling, limit, "the model's")
 
     def _decode(self, policy: Policy, prompts: Sequence[Sequence[int]], samples: int, out: Output) -> None:
         reach = windows(policy.hf.config)

@@ -16,6 +16,7 @@ from torch import Tensor
 from lit_rlvr.engines.vllm_client import VLLMClient
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import Reduce
+from lit_rlvr.reduce import on_every_rank as on_every_rank
 from lit_rlvr.weights import named_weights
 
 
@@ -114,28 +115,6 @@ def everywhere(servers: Sequence[VLLMClient], do: Callable[[VLLMClient], Any]) -
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
         for done in [pool.submit(do, server) for server in servers]:
             done.result()
-
-
-def on_every_rank(do: Callable[[], Any], reduce: Reduce, meanwhile: Iterable[Any] = ()) -> None:
-    """Do something on every rank and wait for all; a failure is raised on every rank.
-
-    Args:
-        do: What each rank does.
-        reduce: Reaches the other ranks.
-        meanwhile: What all go through at the same time; a rank that failed goes through what it has left of it.
-    """
-    failure: Exception | None = None
-    try:
-        do()
-    except Exception as error:
-        failure = error
-    for _ in meanwhile:
-        pass
-    said = [words for words in reduce.gather(None if failure is None else str(failure)) if words is not None]
-    if failure is not None:
-        raise failure
-    if said:
-        raise RuntimeError(said[0])
 
 
 def on_first_rank(do: Callable[[], Any], reduce: Reduce, meanwhile: Iterable[Any] = ()) -> None:
