@@ -6,6 +6,7 @@ weights over the network, and handing weights to the engine by the network. Ever
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ BF16 = 2
 """Bytes of a number: weights and cache of rollouts, and weights as they are gathered."""
 USED = {"multiplications": 0.4, "memory": 0.6, "network": 0.7, "cache": 0.9}
 """Share of each ceiling that is reached: assumptions. For ``cache``: of the memory that is left for it."""
+LONGEST_WARNING = 65_535
+"""Seconds before its end at which SLURM can signal a job at the earliest."""
 LAUNCHED = 5e-4
 """Seconds that the kernels of one layer take to be launched, in decoding steps that are not captured: an assumption."""
 
@@ -212,7 +215,24 @@ def estimate_lines(work: Work, machines: Machines, training_memory: float, sampl
         if size is not None and size > machines.device.memory:
             lines.append(f"{'':<9} that is more than the {machines.device.memory / 2**30:.0f} GiB that a device has")
     total = sum(part.seconds for part in parts)
-    return [*lines, f"{'a phase':<9} {total:>8,.0f} s", *assumptions(work, machines, sampler)]
+    return [*lines, f"{'a phase':<9} {total:>8,.0f} s", warning_line(total), *assumptions(work, machines, sampler)]
+
+
+def warning_line(phase: float) -> str:
+    """How long before the end of a job a run wants to be told, if a phase takes so many seconds.
+
+    >>> warning_line(1000.0)
+    'told to stop, a run ends its phase first: have the scheduler warn it 1300 s before, as by --signal=B:USR1@1300'
+    """
+    seconds = 100 * math.ceil(1.25 * phase / 100)
+    if seconds > LONGEST_WARNING:
+        return (
+            f"told to stop, a run ends its phase first: SLURM warns at most {LONGEST_WARNING} s before, too late here"
+        )
+    return (
+        f"told to stop, a run ends its phase first: have the scheduler warn it {seconds} s before, as by "
+        f"--signal=B:USR1@{seconds}"
+    )
 
 
 def assumptions(work: Work, machines: Machines, sampler: Sampler = Sampler()) -> list[str]:

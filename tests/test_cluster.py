@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3Config
 
-from lit_rlvr.cluster import LAUNCHED, USED, Sampler, Work, rollout, scoring, stages, sync, training
+from lit_rlvr.cluster import LAUNCHED, USED, Sampler, Work, rollout, scoring, stages, sync, training, warning_line
 from lit_rlvr.machines import DEVICES, Device, Machines
 
 WORK = Work(
@@ -155,6 +155,12 @@ def test_more_machines_never_take_longer(nodes: int, factor: int, kind: str) -> 
         assert math.isfinite(one.seconds)
 
 
+def test_a_phase_that_no_warning_covers() -> None:
+    assert warning_line(0.8 * 65_535) == warning_line(1e6)
+    assert "SLURM warns 65535 s before at most, too late here" in warning_line(1e6)
+    assert warning_line(0.8 * 65_500).endswith("USR1@65500")
+
+
 def test_explain_prints_it(tmp_path: Path) -> None:
     """With every assumption, and the memory of a sharded strategy."""
     untracked = "--trainer.logger=false"
@@ -163,6 +169,7 @@ def test_explain_prints_it(tmp_path: Path) -> None:
     assert "A phase on 2 x 8 H100, estimated" in out
     assert "H100: 989 TFLOP/s bfloat16, 3.35 TB/s and 80 GB of memory" in out
     assert "assumed, not measured" in out
+    assert "--signal=B:USR1@100" in out
     assert [line.split()[0] for line in out.splitlines() if " s  " in line] == [
         "rollout",
         "scoring",
