@@ -29,6 +29,8 @@ class FakeVLLM:
         name: Their version.
         fail: How many of the next requests to a path are answered with status 500.
         choices: Makes the choices of a sampling request's body; by default responses that end after two tokens.
+        asleep: What has no memory: ``weights``, ``kv_cache``.
+        held: Who holds memory that the server needs to wake up; it refuses to as long as there is somebody.
     """
 
     def __init__(self, vocabulary: int, hidden: int, **changed: Any) -> None:
@@ -37,7 +39,8 @@ class FakeVLLM:
         self.name = "default"
         self.fail: dict[str, int] = {}
         self.missing: list[str] = []
-        self.asleep = False
+        self.asleep = set[str]()
+        self.held = set[int]()
         self.busy = False
         self.choices: Any = None
         self.aborted = threading.Event()
@@ -63,6 +66,8 @@ class FakeVLLM:
                 self.fail[path] -= 1
                 return 500, {"error": {"message": "out of luck"}}
         if path == "/collective_rpc":
+            if "weights" in self.asleep and body["method"] != "lit_rlvr_about":
+                return 500, {"error": {"message": "an illegal memory access was encountered"}}
             try:
                 return 200, {"results": [getattr(self, body["method"])(**body["kwargs"])]}
             except RuntimeError as error:
@@ -129,13 +134,25 @@ class FakeVLLM:
         self.name = body["new_version"]
         return 200, {"success": True}
 
+    def on_is_sleeping(self, query: Any, body: Any) -> tuple[int, Any]:
+        return 200, {"is_sleeping": bool(self.asleep)}
+
     def on_sleep(self, query: Any, body: Any) -> tuple[int, Any]:
-        self.asleep = True
+        """At level 2 the weights are gone."""
+        assert self.model["enable_sleep_mode"]
+        if query["level"] == ["2"]:
+            self.weights, self.name = {}, "dropped"
+        self.asleep = {"weights", "kv_cache"}
         return 200, {"status": "sleeping"}
 
     def on_wake_up(self, query: Any, body: Any) -> tuple[int, Any]:
-        self.asleep = False
-        return 200, {"status": "awake"}
+        """There is room for the cache once weights have taken the memory that they need on their way."""
+        tags = set(query.get("tags", ("weights", "kv_cache")))
+        room = not self.held and (tags == {"weights"} or self.weights and "weights" not in self.asleep)
+        if not room:
+            return 500, {"error": {"message": "CUDA Error: out of memory"}}
+        self.asleep -= tags
+        return 200, {"status": "sleeping" if self.asleep else "awake", "tags": query.get("tags")}
 
     def on_abort_requests(self, query: Any, body: Any) -> tuple[int, Any]:
         assert body == {}
@@ -143,7 +160,7 @@ class FakeVLLM:
         return 200, {"status": "aborted", "aborted": 1}
 
     def on_inference_v1_generate(self, query: Any, body: Any) -> tuple[int, Any]:
-        if self.asleep:
+        if self.asleep:  # a server would let it wait
             return 503, {"error": {"message": "asleep"}}
         sampling = body["sampling_params"]
         if self.choices is not None:

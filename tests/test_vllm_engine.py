@@ -17,7 +17,7 @@ from runs import TINY, train
 from tiny_models import VOCABULARY, build, char_tokenizer
 
 from lit_rlvr import Batch, RLVRModule, Sampling
-from lit_rlvr.engines import Generation, VLLMServerEngine, vllm_broadcast
+from lit_rlvr.engines import Generation, VLLMServerEngine, vllm_broadcast, vllm_engine, vllm_push
 from lit_rlvr.engines.vllm_engine import shared_memory
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import LocalReduce
@@ -277,7 +277,7 @@ def test_a_server_that_works_for_others_is_an_error(serve: Any) -> None:
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_servers_sleep_between_phases(level: int, serve: Any) -> None:
-    """Weights that slept in the host's memory are still there; at level 2 they are pushed again."""
+    """Weights that slept in the host's memory are still there; at level 2 they are pushed again, before the cache."""
     fake, address = serve(enable_sleep_mode=True)
     engine = ready(address, sleep_level=level)
     generate(engine)
@@ -285,11 +285,51 @@ def test_servers_sleep_between_phases(level: int, serve: Any) -> None:
     engine.rest(HERE)
     assert fake.asleep
     assert [query for _, path, query, _ in fake.asked if path == "/sleep"] == [{"level": [str(level)]}]
-    pushed = fake.name
+    pushed, before = fake.name, len(fake.asked)
     engine.sync(make_policy(), 0, HERE)
     generate(engine)
     assert not fake.asleep
     assert (fake.name == pushed) == (level == 1)
+    order = [query.get("tags", path) for _, path, query, _ in fake.asked[before:]]
+    assert order[0] == ["weights"]
+    assert order.index(["kv_cache"]) == len(order) - 1 - len(PROMPTS)
+    assert order.count("/collective_rpc") == (0 if level == 1 else 3)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_server_wakes_up_once_no_rank_holds_memory(level: int, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is another process, so what training has kept of its peak, on any rank, is not the server's to take."""
+    ranks = threading.local()
+    fake, address = serve(enable_sleep_mode=True)
+    monkeypatch.setattr(vllm_engine, "give_back_unused", lambda device: fake.held.discard(ranks.own))
+
+    def gather(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
+        fake.held.add(ranks.own)
+        yield from named_weights(policy)
+
+    monkeypatch.setattr(vllm_push, "named_weights", gather)
+
+    def run(reduce: ThreadedReduce) -> None:
+        ranks.own, policy = reduce.rank, make_policy()
+        engine = VLLMServerEngine([address], sleep_level=level, retries=0)
+        engine.setup()
+        engine.sync(policy, 0, reduce)
+        for phase in (1, 2):
+            engine.rest(reduce)
+            fake.held.add(reduce.rank)  # learns
+            engine.sync(policy, phase, reduce)
+            assert not fake.asleep
+
+    run_ranks(2, run)
+    assert fake.called("/wake_up") == 4
+
+
+def test_servers_that_another_run_left_asleep_are_woken(serve: Any) -> None:
+    """Also by a run that would not have sent them to sleep."""
+    fake, address = serve(enable_sleep_mode=True)
+    ready(address, sleep_level=2).rest(HERE)
+    generate(ready(address, sleep_level=0))
+    assert not fake.asleep
 
 
 def test_without_sleep_nobody_is_sent_to_bed(serve: Any) -> None:

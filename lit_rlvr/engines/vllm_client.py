@@ -203,9 +203,13 @@ class VLLMClient:
         """Give up memory: the cache, and at level 2 the weights too, which level 1 keeps in the host's memory."""
         self.ask("POST", "/sleep", params={"level": level})
 
-    def wake(self) -> None:
-        """Take the memory back."""
-        self.ask("POST", "/wake_up")
+    def asleep(self) -> bool:
+        """Whether it has given up memory, maybe because a run before ended then."""
+        return bool(self.ask("GET", "/is_sleeping")["is_sleeping"])
+
+    def wake(self, what: str) -> None:
+        """Take the memory of ``weights`` or ``kv_cache`` back; it samples once it has both."""
+        self.ask("POST", "/wake_up", params={"tags": what})
 
     def close(self) -> None:
         """Close the connections."""

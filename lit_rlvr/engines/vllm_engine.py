@@ -17,11 +17,12 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from lit_rlvr.devices import give_back_unused
 from lit_rlvr.engines.base import Engine, Generation, Sampling, check_context
 from lit_rlvr.engines.in_process import end_tokens
 from lit_rlvr.engines.vllm_broadcast import Backend, open_road
 from lit_rlvr.engines.vllm_client import Served, VLLMClient
-from lit_rlvr.engines.vllm_push import Road, everywhere, on_first_rank, push_weights
+from lit_rlvr.engines.vllm_push import Road, everywhere, on_every_rank, push_weights
 from lit_rlvr.engines.vllm_responses import request, to_generation
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import LocalReduce, Reduce
@@ -83,8 +84,9 @@ class VLLMEngine(Engine):
         self.clients = [VLLMClient(address, self.timeout, self.retries, self.requests) for address in addresses]
 
     def meet(self) -> None:
-        """Ask every server what it is."""
+        """Ask every server what it is, and whether it sleeps: a run that was killed leaves it as it was."""
         self.served = [client.meet() for client in self.clients]
+        self._asleep = any([client.asleep() for client in self.clients])
 
     def exact(self, precision: str) -> bool:
         return False
@@ -99,21 +101,33 @@ class VLLMEngine(Engine):
         started, self._reduce = time.perf_counter(), reduce
         self._cancelled = False
         if not self.served:
+            give_back_unused(policy.device)
             self.start(policy, reduce)
-        if self._asleep:
-            on_first_rank(lambda: everywhere(self.clients, VLLMClient.wake), reduce)
-            self._asleep = False
+        if asleep := self._asleep:
+            self._wake("weights", policy, reduce)
         if self._pushed != version:
-            self._fits(policy)
+            on_every_rank(lambda: self._fits(policy), reduce)
             # No two pushes have the same name, of other runs neither: a server that has lost these weights is found
             # out.
             self.version = reduce.gather(f"{uuid4().hex[:8]}-{version}")[0]
             assert self.version is not None
             dtype = self.served[0].dtype
             road = partial(self._open_road, policy.device)
-            push_weights(policy, self.clients, self.version, dtype, road, self.file_bytes, reduce)
+            push_weights(policy, self.kept(), self.version, dtype, road, self.file_bytes, reduce)
             self._pushed = version
+        if asleep:  # after the weights, which take some memory on their way
+            self._wake("kv_cache", policy, reduce)
+            self._asleep = False
         self._seconds += time.perf_counter() - started
+
+    def kept(self) -> list[VLLMClient]:
+        """The servers that this rank looks after, for all ranks: their weights and their sleep."""
+        return self.clients if self._reduce.rank == 0 else []
+
+    def _wake(self, what: str, policy: Policy, reduce: Reduce) -> None:
+        """Have the servers take memory back, which no rank holds any more: a server is another process."""
+        on_every_rank(lambda: give_back_unused(policy.device), reduce)
+        on_every_rank(lambda: everywhere(self.kept(), lambda client: client.wake(what)), reduce)
 
     def _open_road(self, device: torch.device) -> Road:
         """The way for weights, which is opened once in a run."""
@@ -146,7 +160,7 @@ class VLLMEngine(Engine):
 
     def rest(self, reduce: Reduce) -> None:
         if self.sleep_level and not self._asleep:
-            on_first_rank(lambda: everywhere(self.clients, lambda client: client.sleep(self.sleep_level)), reduce)
+            on_every_rank(lambda: everywhere(self.kept(), lambda client: client.sleep(self.sleep_level)), reduce)
             self._asleep = True
             if self.sleep_level == 2:
                 self._pushed = None

@@ -28,17 +28,17 @@ def push_weights(
     part_bytes: int,
     reduce: Reduce,
 ) -> None:
-    """Replace the servers' weights by the policy's. Every rank calls it, and rank 0 sends.
+    """Replace the servers' weights by the policy's. Every rank calls it, and those with servers to look after send.
 
     Weights go part by part: one is loaded by all servers before the next is sent, so that neither side ever holds more
     than ``part_bytes`` (or the largest weight) beside its own copy.
 
     Args:
         policy: The policy.
-        servers: Where to.
+        servers: Those that this rank looks after; none: others send.
         version: The new weights' name, which the servers give with every response.
         dtype: What matrices are rounded to before they are sent: the servers' own dtype, so nothing else is lost.
-        road: Opens the road that parts take; rank 0 does.
+        road: Opens the road that parts take.
         part_bytes: Size of a part from which it is sent.
         reduce: Reaches the other ranks.
 
@@ -54,7 +54,7 @@ def push_weights(
         everywhere(servers, lambda server: server.use_weights(version))
 
     weights = named_weights(policy)
-    on_first_rank(send, reduce, meanwhile=weights)
+    on_every_rank(send if servers else lambda: None, reduce, meanwhile=weights)
 
 
 class Road(ABC):
@@ -136,14 +136,3 @@ def on_every_rank(do: Callable[[], Any], reduce: Reduce, meanwhile: Iterable[Any
         raise failure
     if said:
         raise RuntimeError(said[0])
-
-
-def on_first_rank(do: Callable[[], Any], reduce: Reduce, meanwhile: Iterable[Any] = ()) -> None:
-    """Do something on rank 0 and wait for it on all; its failure is raised on every rank, so that none waits for ever.
-
-    Args:
-        do: What rank 0 does.
-        reduce: Reaches the other ranks.
-        meanwhile: What the others go through at the same time, and rank 0 what it has left of it.
-    """
-    on_every_rank(do if reduce.rank == 0 else lambda: None, reduce, meanwhile)
