@@ -148,7 +148,7 @@ class FakeVLLM:
     def on_wake_up(self, query: Any, body: Any) -> tuple[int, Any]:
         """There is room for the cache once weights have taken the memory that they need on their way."""
         tags = set(query.get("tags", ("weights", "kv_cache")))
-        room = not self.held and (tags == {"weights"} or self.weights and "weights" not in self.asleep)
+        room = not self.held and (tags == {"weights"} or (self.weights and "weights" not in self.asleep))
         if not room:
             return 500, {"error": {"message": "CUDA Error: out of memory"}}
         self.asleep -= tags

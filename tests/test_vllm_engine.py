@@ -179,6 +179,17 @@ def test_every_server_gets_the_policys_weights(file_bytes: int, transport: Any, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_server_is_told_where_files_are(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the root on, because it may have been started in another folder."""
+    fake, address = serve()
+    monkeypatch.chdir(tmp_path)
+    engine = VLLMServerEngine([address], folder="weights")
+    engine.setup()
+    engine.sync(make_policy(), 0, HERE)
+    files = [b["kwargs"]["file"] for b in fake.bodies("/collective_rpc") if b["method"] == "lit_rlvr_load"]
+    assert {Path(file).parent.parent for file in files} == {tmp_path / "weights"}
+
+
 @pytest.mark.parametrize("transport", ["files", "gloo"])
 def test_matrices_are_rounded_to_what_the_server_computes_in(transport: str, serve: Any) -> None:
     """Which halves what is sent; vectors stay, since servers keep some in float32."""

@@ -67,6 +67,16 @@ def test_serve_without_vllm_says_how_to_get_it(
     assert said in capsys.readouterr().err
 
 
+def test_an_environment_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where its files take minutes to be read."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 100\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(vllm_launch, "PYTHON_SECONDS", 0.2)
+    with pytest.raises(ValueError, match=r"did not start within 0.2 seconds; is its environment on a slow filesystem"):
+        vllm_launch.check_python(str(python))
+
+
 # -- a server of a run's own -------------------------------------------------------------------------------------------
 
 

@@ -86,7 +86,7 @@ class VLLMEngine(Engine):
     def meet(self) -> None:
         """Ask every server what it is, and whether it sleeps: a run that was killed leaves it as it was."""
         self.served = [client.meet() for client in self.clients]
-        self._asleep = any([client.asleep() for client in self.clients])
+        self._asleep = any(client.asleep() for client in self.clients)
 
     def exact(self, precision: str) -> bool:
         return False

@@ -67,12 +67,12 @@ class VLLMInProcessEngine(Engine):
         vllm, asleep, self._asleep = self.vllm, self._asleep, False
         assert vllm is not None
         if asleep:
-            vllm.wake("weights")
+            on_every_rank(lambda: vllm.wake("weights"), reduce)
         if renewed := self._pushed != version:
             weights = named_weights(policy)
             on_every_rank(lambda: vllm.load(weights), reduce, meanwhile=weights)
         if asleep:  # after the weights, which take some memory on their way
-            vllm.wake("kv_cache")
+            on_every_rank(lambda: vllm.wake("kv_cache"), reduce)
         if renewed:
             vllm.forget()
             self._pushed = version

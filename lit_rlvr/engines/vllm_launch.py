@@ -15,6 +15,9 @@ from lit_rlvr.engines.vllm_client import RECEIVER, SUPPORTED
 SERVER_SIDE = Path(__file__).parent / "server_side"
 END_WITH_PARENT = Path(__file__).parent / "end_with_parent.py"
 
+PYTHON_SECONDS = 120.0
+"""How long another environment's Python may take to look for vLLM."""
+
 USAGE = "lit-rlvr serve MODEL [--python PYTHON] [--host HOST] [--port PORT] [vLLM options]"
 
 DESCRIPTION = f"""Start a vLLM server that a run can push weights to. It has an environment of its own:
@@ -48,13 +51,18 @@ def check_python(python: str) -> None:
     """Refuse an environment without vLLM.
 
     Raises:
-        ValueError: Saying how to make one.
+        ValueError: Saying how to make one, or that the environment does not answer.
     """
     test = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
-        found = subprocess.run([python, "-c", test], check=False, timeout=120).returncode == 0
+        found = subprocess.run([python, "-c", test], check=False, timeout=PYTHON_SECONDS).returncode == 0
     except OSError:
         raise ValueError(f"there is no Python at {python}") from None
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{python} did not start within {PYTHON_SECONDS:g} seconds; is its environment on a slow filesystem? Try "
+            "again, or put the environment on a local disk"
+        ) from None
     if not found:
         raise ValueError(
             f"there is no vLLM in the environment of {python}; give it one of its own (python3.11 -m venv .vllm-env, "

@@ -148,7 +148,7 @@ class LocalVLLM:
         self.llm.sleep(level=level)
 
     def wake(self, what: str) -> None:
-        """Take memory back: ``weights`` or ``kv_cache``."""
+        """Take memory back: ``weights`` or ``kv_cache``. First vLLM empties this process's cache, training's too."""
         self.llm.wake_up(tags=[what])
 
     def sample(self, prompts: Sequence[Sequence[int]], parameters: Sequence[dict[str, Any]]) -> Generation:

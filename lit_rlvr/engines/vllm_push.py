@@ -79,7 +79,7 @@ class FileRoad(Road):
     """
 
     def __init__(self, servers: Sequence[VLLMClient], folder: Path) -> None:
-        self.servers, self.folder = servers, folder
+        self.servers, self.folder = servers, folder.absolute()  # a server may have been started elsewhere
 
     def send(self, number: int, part: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
