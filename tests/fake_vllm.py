@@ -27,9 +27,11 @@ class FakeVLLM:
         asked: Every request: method, path, query and body.
         weights: The weights in use.
         name: Their version.
+        fails: A method of the workers that fails.
         fail: How many of the next requests to a path are answered with status 500.
         choices: Makes the choices of a sampling request's body; by default responses that end after two tokens.
         asleep: What has no memory: ``weights``, ``kv_cache``.
+        takes_part: Weights are taken in once this is set.
         held: Who holds memory that the server needs to wake up; it refuses to as long as there is somebody.
     """
 
@@ -38,9 +40,12 @@ class FakeVLLM:
         self.weights: dict[str, Tensor] = {}
         self.name = "default"
         self.fail: dict[str, int] = {}
+        self.fails = ""
         self.missing: list[str] = []
         self.asleep = set[str]()
         self.held = set[int]()
+        self.takes_part = threading.Event()
+        self.takes_part.set()
         self.busy = False
         self.choices: Any = None
         self.aborted = threading.Event()
@@ -49,7 +54,10 @@ class FakeVLLM:
         self.version = changed.pop("version", "0.32.0")
         self.development = changed.pop("development", True)
         self.context = changed.pop("context", 4096)
-        self.about = {"vocabulary": vocabulary, "hidden": hidden, "protocol": changed.pop("protocol", PROTOCOL)}
+        self.about = {
+            "vocabulary": vocabulary, "hidden": hidden, "protocol": changed.pop("protocol", PROTOCOL),
+            "nccl": changed.pop("nccl", None),
+        }  # fmt: skip
         self.joins = changed.pop("joins", True)
         self.replicas = changed.pop("replicas", 1)
         self.group: Group | None = None
@@ -68,6 +76,8 @@ class FakeVLLM:
         if path == "/collective_rpc":
             if "weights" in self.asleep and body["method"] != "lit_rlvr_about":
                 return 500, {"error": {"message": "an illegal memory access was encountered"}}
+            if body["method"] == self.fails:
+                return 500, {"error": {"message": "out of luck"}}
             try:
                 return 200, {"results": [getattr(self, body["method"])(**body["kwargs"])]}
             except RuntimeError as error:
@@ -87,6 +97,7 @@ class FakeVLLM:
 
     def lit_rlvr_load(self, file: str, number: int) -> dict[str, Any]:
         assert self._loading is not None
+        self.takes_part.wait()
         loaded = load_file(file)
         assert not loaded.keys() & self._loading.keys()
         self._loading |= loaded
@@ -103,6 +114,7 @@ class FakeVLLM:
         assert self._loading is not None
         if self.group is None:
             raise RuntimeError("not in the group")
+        self.takes_part.wait()
         buffer = self.group.empty(places(weights)[-1])
         self.group.broadcast(buffer).wait()
         self._loading |= dict(unpack(buffer, weights))

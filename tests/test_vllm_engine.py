@@ -205,6 +205,11 @@ def test_matrices_are_rounded_to_what_the_server_computes_in(transport: str, ser
     ("transport", "changed", "why"),
     [
         ("nccl", {}, "there is no NCCL for a broadcast here"),
+        (
+            "nccl",
+            {"nccl": [2, 27, 5]},
+            "has NCCL 2.27.5 and training has no NCCL; NCCL connects processes",
+        ),
         ("gloo", {"replicas": 2}, "has 2 replicas of the model"),
         ("gloo", {"joins": False}, "out of reach"),
     ],
@@ -255,6 +260,42 @@ def test_a_server_that_does_not_receive_is_said_at_once(serve: Any) -> None:
     engine.setup()  # a new run makes a new group
     engine.sync(policy, 1, HERE)
     assert good.name == bad.name == engine.version
+
+
+@pytest.mark.parametrize("transport", ["files", "gloo"])
+def test_a_failed_push_does_not_wait_for_a_server_that_hangs(transport: Any, serve: Any) -> None:
+    """It is said at once, and nothing that still waits keeps the process alive."""
+    (bad, first), (hung, second) = serve(), serve()
+    engine, policy, before = VLLMServerEngine([first, second], transport=transport, retries=0), make_policy(), alive()
+    engine.setup()
+    engine.sync(policy, 0, HERE)
+    bad.group, bad.fails = None, "lit_rlvr_load" if transport == "files" else ""
+    hung.takes_part.clear()
+    try:
+        with pytest.raises(RuntimeError, match={"files": "out of luck", "gloo": "not in the group"}[transport]):
+            engine.sync(policy, 1, HERE)
+        assert all(thread.daemon for thread in alive() - before)
+    finally:
+        hung.takes_part.set()
+
+
+def test_a_failed_sample_does_not_wait_for_a_server_that_hangs(serve: Any) -> None:
+    """Nor for the prompts before the one that failed."""
+    (hung, first), (bad, second) = serve(), serve()
+    engine, before, end = ready(first, second, retries=0), alive(), threading.Event()
+    hung.choices = lambda fake, body: end.wait()
+    bad.choices = lambda fake, body: []
+    try:
+        with pytest.raises(RuntimeError, match="gave 0 responses instead of 2"):
+            generate(engine)
+        assert all(thread.daemon for thread in alive() - before)
+    finally:
+        end.set()
+
+
+def alive() -> set[threading.Thread]:
+    """This process's threads."""
+    return set(threading.enumerate())
 
 
 def test_weights_are_pushed_once_per_change(serve: Any) -> None:

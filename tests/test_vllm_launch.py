@@ -277,7 +277,7 @@ def file(folder: Path, *names: str) -> str:
 
 def test_an_update_goes_file_by_file(worker: Any, tmp_path: Path) -> None:
     """A request that is repeated loads nothing twice, and what no file had is named."""
-    assert worker.lit_rlvr_about() == {"vocabulary": 7, "hidden": 5, "protocol": PROTOCOL}
+    assert worker.lit_rlvr_about() == {"vocabulary": 7, "hidden": 5, "protocol": PROTOCOL, "nccl": None}
     for _ in range(2):
         worker.lit_rlvr_begin()
         worker.lit_rlvr_load(file(tmp_path, "weight"), 0)
@@ -316,6 +316,49 @@ def test_an_update_is_broadcast(worker: Any) -> None:
     assert worker.lit_rlvr_finish() == {"missing": []}
     assert worker.model.loads == ["weight", "bias"]
     assert all(torch.equal(worker.model.given[name], tensor) for name, tensor in sent.items())
+
+
+class NCCL:
+    """Stands in for a group of GPUs, where there are none."""
+
+    Options = SimpleNamespace
+
+    def __init__(self, *arguments: Any) -> None:
+        self.done: list[str] = []
+        NCCL.made.append(self)
+
+    made: list[NCCL] = []  # noqa: RUF012
+
+    def broadcast(self, buffer: Any, root: int) -> Any:
+        return SimpleNamespace(wait=lambda: self.done.append("broadcast"))
+
+    def abort(self) -> None:
+        self.done.append("abort")
+
+    def _set_default_timeout(self, limit: Any) -> None:
+        pass
+
+
+def test_a_group_of_gpus_is_aborted(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the worker joins another: what waits on a GPU for members that have left would wait for ever."""
+    monkeypatch.setattr(NCCL, "made", [])
+    shipped = sys.modules["lit_rlvr_worker"]
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", NCCL, raising=False)
+    monkeypatch.setattr(shipped.Group, "empty", lambda self, size: torch.empty(size))
+    monkeypatch.setattr(dist, "TCPStore", lambda *_, **__: dist.HashStore())
+    worker.device = torch.device("cuda")
+    for _ in range(2):
+        worker.lit_rlvr_join("127.0.0.1", 1, first=1, size=2, backend="nccl", seconds=1.0)
+    assert [group.done for group in NCCL.made] == [["broadcast", "abort"], ["broadcast"]]
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+def test_a_worker_tells_its_nccl(gpus: bool, worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
+    assert worker.lit_rlvr_about()["nccl"] == ([2, 28, 3] if gpus else None)
 
 
 def test_a_restarted_server_is_in_no_group(worker: Any) -> None:

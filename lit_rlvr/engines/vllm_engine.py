@@ -7,7 +7,7 @@ import tempfile
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import as_completed
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from lit_rlvr.devices import give_back_unused
+from lit_rlvr.engines.background import Background
 from lit_rlvr.engines.base import Engine, Generation, Sampling, check_context
 from lit_rlvr.engines.in_process import end_tokens
 from lit_rlvr.engines.vllm_broadcast import Backend, open_road
 from lit_rlvr.engines.vllm_client import Served, VLLMClient
-from lit_rlvr.engines.vllm_push import Road, everywhere, on_every_rank, push_weights
+from lit_rlvr.engines.vllm_push import Road, everywhere, on_every_rank, push_weights, raise_first
 from lit_rlvr.engines.vllm_responses import request, to_generation
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import LocalReduce, Reduce
@@ -95,7 +96,8 @@ class VLLMEngine(Engine):
 
     def setup(self) -> None:
         """Forget which weights were pushed: another run may have other weights after as many steps."""
-        self._pushed = self._road = None
+        self._pushed = None
+        self._close_road()
 
     def sync(self, policy: Policy, version: int, reduce: Reduce) -> None:
         started, self._reduce = time.perf_counter(), reduce
@@ -134,6 +136,11 @@ class VLLMEngine(Engine):
         if self._road is None:
             self._road = open_road(self.backend, self.clients, self.served, self.folder, device)
         return self._road
+
+    def _close_road(self) -> None:
+        if self._road is not None:
+            self._road.close()
+        self._road = None
 
     def _fits(self, policy: Policy) -> None:
         """Refuse servers of another model.
@@ -193,11 +200,10 @@ class VLLMEngine(Engine):
             return self._checked(client, choices, samples)
 
         with ExitStack() as stack:
-            pools = [stack.enter_context(ThreadPoolExecutor(self.requests)) for _ in mine]
+            pools = [stack.enter_context(Background(self.requests)) for _ in mine]
             asked = [pools[i % len(mine)].submit(ask, i) for i in range(len(prompts))]
-            stack.callback(lambda: [answer.cancel() for answer in asked])  # after a failure, those that wait
-            answers = [answer.result() for answer in asked]
-        return to_generation([choice for choices in answers for choice in choices])
+            raise_first(as_completed(asked))
+        return to_generation([choice for answer in asked for choice in answer.result()])
 
     def cancel(self) -> None:
         """Ask for no more, and have this rank's servers break off what they are at."""
@@ -243,7 +249,8 @@ class VLLMEngine(Engine):
     def close(self) -> None:
         for client in self.clients:
             client.close()
-        self.served, self._road = [], None
+        self.served = []
+        self._close_road()
 
 
 def shared_memory() -> Path:

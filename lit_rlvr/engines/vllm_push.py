@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_rlvr.engines.background import Background
 from lit_rlvr.engines.vllm_client import VLLMClient
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import Reduce
@@ -69,6 +70,9 @@ class Road(ABC):
             part: Weights by name.
         """
 
+    def close(self) -> None:  # noqa: B027
+        """No more will be sent."""
+
 
 class FileRoad(Road):
     """Files, which are deleted as soon as they are loaded.
@@ -110,10 +114,15 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def everywhere(servers: Sequence[VLLMClient], do: Callable[[VLLMClient], Any]) -> None:
-    """Do something on all servers at a time; the first failure is raised once all have ended."""
-    with ThreadPoolExecutor(max(1, len(servers))) as pool:
-        for done in [pool.submit(do, server) for server in servers]:
-            done.result()
+    """Do something on all servers at a time; the first failure is raised at once, whatever the others are at."""
+    with Background(len(servers)) as threads:
+        raise_first(as_completed([threads.submit(do, server) for server in servers]))
+
+
+def raise_first(done: Iterable[Future[Any]]) -> None:
+    """Raise what one of them ended with, if it is a failure."""
+    for call in done:
+        call.result()
 
 
 def on_every_rank(do: Callable[[], Any], reduce: Reduce, meanwhile: Iterable[Any] = ()) -> None:
