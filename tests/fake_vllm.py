@@ -238,8 +238,7 @@ def main() -> None:
     """As a process of its own, started with vLLM's options: a server of the tiny built-in model, until it is ended."""
     import sys
 
-    options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=False))
-    with serving(FakeVLLM(22, 64), int(options["--port"])):
+    with serving(FakeVLLM(22, 64, enable_sleep_mode=True), int(sys.argv[sys.argv.index("--port") + 1])):
         threading.Event().wait()
 
 

@@ -15,6 +15,12 @@ from lit_rlvr.engines.vllm_client import RECEIVER, SUPPORTED
 SERVER_SIDE = Path(__file__).parent / "server_side"
 END_WITH_PARENT = Path(__file__).parent / "end_with_parent.py"
 
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+"""How names of environment variables begin that tell a process its place among others.
+
+A server's own processes meet elsewhere, and would wait for ever at the store that ``torchrun`` made.
+"""
+
 PYTHON_SECONDS = 120.0
 """How long another environment's Python may take to look for vLLM."""
 
@@ -42,9 +48,10 @@ def server_command(python: str, model: str, host: str, port: int, options: Seque
 
 
 def server_environment() -> dict[str, str]:
-    """This process's environment, with what lets a server take weights in."""
+    """This process's environment, with what lets a server take weights in, and without its place in a run."""
     path = os.pathsep.join([str(SERVER_SIDE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(PLACE)}
+    return {**kept, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
 
 
 def check_python(python: str) -> None:

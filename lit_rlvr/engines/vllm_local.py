@@ -83,7 +83,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         if name in SPREAD and value != 1:
             raise ValueError(
                 f"engine.options has {name}: {value}, but VLLMInProcessEngine has a whole model on every rank's "
-                "device; for a model that takes several, use VLLMServerEngine"
+                "device; for a model that takes several, use VLLMColocatedEngine with devices_per_server"
             )
 
 
