@@ -88,6 +88,13 @@ def test_an_environment_that_does_not_answer_is_said(tmp_path: Path, monkeypatch
         vllm_launch.check_python(str(python))
 
 
+def test_a_run_without_vllm_ends_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large model is not loaded for nothing."""
+    monkeypatch.setattr("lit_rlvr.engines.vllm_colocated.ServerProcess", None)
+    with pytest.raises(ValueError, match=r"there is no vLLM .*; give vLLM an environment .*pip install 'vllm<0.33,>=0"):
+        VLLMColocatedEngine(sys.executable).setup()
+
+
 # -- a server of a run's own -------------------------------------------------------------------------------------------
 
 

@@ -73,11 +73,11 @@ def generate(engine: VLLMInProcessEngine, sampling: Sampling | None = None, **mo
         ({"options": {"enable_sleep_mode": True}}, "engine.options has enable_sleep_mode, which the engine sets"),
         (
             {"options": {"tensor_parallel_size": 2}},
-            "has tensor_parallel_size: 2, but .* use VLLMColocatedEngine with devices_per_server",
+            "has tensor_parallel_size: 2, but .* VLLMColocatedEngine with devices_per_server",
         ),
         (
             {"options": {"data_parallel_size": 2}},
-            "has data_parallel_size: 2, but .* use VLLMColocatedEngine with devices_per_server",
+            "has data_parallel_size: 2, but .* VLLMColocatedEngine with devices_per_server",
         ),
     ],
 )

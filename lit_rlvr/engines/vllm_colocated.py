@@ -77,6 +77,12 @@ class VLLMColocatedEngine(VLLMEngine):
         self.process: ServerProcess | None = None
         self._local, self._number = 0, 0
 
+    def setup(self) -> None:
+        """As every engine with servers, once there is vLLM to start them with."""
+        if self.process is None:
+            check_python(self.python)
+        super().setup()
+
     def check_overlap(self) -> None:
         raise ValueError(
             "model.overlap needs servers with devices of their own, and those of VLLMColocatedEngine share them with "
@@ -87,7 +93,7 @@ class VLLMColocatedEngine(VLLMEngine):
         """Start the server of this rank and its neighbours, and tell the others on this machine where it is.
 
         Raises:
-            ValueError: When a machine's ranks cannot be shared out among servers, or there is no vLLM.
+            ValueError: When a machine's ranks cannot be shared out among servers.
             RuntimeError: On every rank, when a server did not start.
         """
         host = socket.gethostname()
@@ -115,7 +121,6 @@ class VLLMColocatedEngine(VLLMEngine):
         on_every_rank(self.meet, reduce)
 
     def _start_own(self, policy: Policy, devices: list[str]) -> None:
-        check_python(self.python)
         port, environment = free_port(), server_environment()
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)

@@ -21,6 +21,11 @@ PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE
 A server's own processes meet elsewhere, and would wait for ever at the store that ``torchrun`` made.
 """
 
+HOW_TO_INSTALL = (
+    "give vLLM an environment of its own (python3.11 -m venv .vllm-env, then .vllm-env/bin/pip install "
+    f"'vllm{SUPPORTED}') and name that one's bin/python"
+)
+
 PYTHON_SECONDS = 120.0
 """How long another environment's Python may take to look for vLLM."""
 
@@ -64,17 +69,14 @@ def check_python(python: str) -> None:
     try:
         found = subprocess.run([python, "-c", test], check=False, timeout=PYTHON_SECONDS).returncode == 0
     except OSError:
-        raise ValueError(f"there is no Python at {python}") from None
+        raise ValueError(f"there is no Python at {python}; {HOW_TO_INSTALL}") from None
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"{python} did not start within {PYTHON_SECONDS:g} seconds; is its environment on a slow filesystem? Try "
             "again, or put the environment on a local disk"
         ) from None
     if not found:
-        raise ValueError(
-            f"there is no vLLM in the environment of {python}; give it one of its own (python3.11 -m venv .vllm-env, "
-            f"then .vllm-env/bin/pip install 'vllm{SUPPORTED}') and name that one's bin/python"
-        )
+        raise ValueError(f"there is no vLLM in the environment of {python}; {HOW_TO_INSTALL}")
 
 
 class ServerProcess:

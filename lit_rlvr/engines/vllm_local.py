@@ -65,7 +65,8 @@ def check_vllm() -> None:
     except ImportError as error:
         raise ValueError(
             f"VLLMInProcessEngine needs vLLM in this environment ({error}): pip install 'lit-rlvr[vllm]' "
-            f"'vllm{SUPPORTED}'; with vLLM in an environment of its own, use VLLMColocatedEngine"
+            f"'vllm{SUPPORTED}'; with vLLM in an environment of its own, use VLLMColocatedEngine; without vLLM, "
+            "--config configs/engine/in_process.yaml"
         ) from error
     if not SUPPORTED.contains(vllm.__version__, prereleases=True):
         raise ValueError(f"this environment has vLLM {vllm.__version__}, and only versions {SUPPORTED} are supported")
