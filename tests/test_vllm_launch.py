@@ -150,6 +150,7 @@ def test_ranks_have_servers_beside_them(
         for phase in range(2):
             engine.sync(policy, phase, reduce)
             engine.generate(policy, tokenizer, [[5, 6]], torch.tensor([(0, 0, 0)]), Sampling(max_new_tokens=4), 0)
+            reduce.gather("sampled")
             engine.rest(reduce)
         address = engine.process and engine.process.address
         everyone, share = [c.address for c in engine.clients], [c.address for c, _ in engine.share()]

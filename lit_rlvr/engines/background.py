@@ -47,9 +47,9 @@ class Background:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *failure: object) -> None:
         with suppress(Empty):
-            while (call := self._calls.get_nowait()) is not None:
-                call[0].cancel()
+            while (waiting := self._calls.get_nowait()) is not None:
+                waiting[0].cancel()
         for _ in self._threads:
             self._calls.put(None)

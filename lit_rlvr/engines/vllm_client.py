@@ -168,10 +168,17 @@ class VLLMClient:
                 "with this version's"
             )
         dtype = getattr(torch, model["dtype"].rpartition(".")[2])
-        sizes = about["vocabulary"], about["hidden"]
-        sleeps, replicas = bool(model["enable_sleep_mode"]), int(parallel["data_parallel_size"])
-        parts = len(workers), replicas, about["nccl"]
-        return Served(listed["id"], listed["max_model_len"], dtype, *sizes, sleeps, *parts)
+        return Served(
+            model=listed["id"],
+            context=listed["max_model_len"],
+            dtype=dtype,
+            vocabulary=about["vocabulary"],
+            hidden=about["hidden"],
+            sleeps=bool(model["enable_sleep_mode"]),
+            workers=len(workers),
+            replicas=int(parallel["data_parallel_size"]),
+            nccl=about["nccl"],
+        )
 
     def _configuration(self) -> dict[str, Any]:
         """The server's own configuration, which it shows in development mode only."""

@@ -225,7 +225,9 @@ def nccl_version() -> list[int] | None:
     """NCCL's version, or None without GPUs; all members of a group need the same."""
     if not torch.cuda.is_available() or not dist.is_nccl_available():
         return None
-    return list(torch.cuda.nccl.version())
+    from torch.cuda import nccl
+
+    return list(nccl.version())
 
 
 def own_address(other: str) -> str:
