@@ -19,7 +19,7 @@ from lit_rlvr import RLVRModule
 from lit_rlvr.advantages import GroupNormalized
 from lit_rlvr.cli import CLI
 from lit_rlvr.credit import CreditContext, all_callbacks, credit_chain
-from lit_rlvr.engines import InProcessEngine, VLLMColocatedEngine, VLLMInProcessEngine
+from lit_rlvr.engines import InProcessEngine, VLLMColocatedEngine, VLLMInProcessEngine, VLLMServerEngine
 from lit_rlvr.rewards import MathVerify
 from lit_rlvr.shaping import OverlongPenalty
 from lit_rlvr.tasks import ProblemFiles, Prompt
@@ -125,6 +125,15 @@ def test_a_run_samples_from_vllm(
     succeed(tmp_path, "explain", *layers(file), *without, UNTRACKED)
     other = started[-1].model.engine
     assert (type(other), other.max_rows) == (InProcessEngine, 4)
+
+
+def test_a_run_can_have_servers_instead(tmp_path: Path, started: list[CLI]) -> None:
+    """With devices of their own, so that nothing of the turns that the run's own engine takes is left."""
+    overlap = ("--config", str(CONFIGS / "engine/vllm_overlap.yaml"))
+    succeed(tmp_path, "explain", *layers(PAPERS / "wang2025.yaml"), *overlap, UNTRACKED)
+    engine = started[-1].model.engine
+    assert isinstance(engine, VLLMServerEngine)
+    assert engine.sleep_level == 0
 
 
 def test_no_file_repeats_another() -> None:
