@@ -27,8 +27,12 @@ class FakeVLLM:
         asked: Every request: method, path, query and body.
         weights: The weights in use.
         name: Their version.
+        fails: A method of the workers that fails.
         fail: How many of the next requests to a path are answered with status 500.
         choices: Makes the choices of a sampling request's body; by default responses that end after two tokens.
+        asleep: What has no memory: ``weights``, ``kv_cache``.
+        takes_part: Weights are taken in once this is set.
+        held: Who holds memory that the server needs to wake up; it refuses to as long as there is somebody.
     """
 
     def __init__(self, vocabulary: int, hidden: int, **changed: Any) -> None:
@@ -36,8 +40,12 @@ class FakeVLLM:
         self.weights: dict[str, Tensor] = {}
         self.name = "default"
         self.fail: dict[str, int] = {}
+        self.fails = ""
         self.missing: list[str] = []
-        self.asleep = False
+        self.asleep = set[str]()
+        self.held = set[int]()
+        self.takes_part = threading.Event()
+        self.takes_part.set()
         self.busy = False
         self.choices: Any = None
         self.aborted = threading.Event()
@@ -46,7 +54,10 @@ class FakeVLLM:
         self.version = changed.pop("version", "0.32.0")
         self.development = changed.pop("development", True)
         self.context = changed.pop("context", 4096)
-        self.about = {"vocabulary": vocabulary, "hidden": hidden, "protocol": changed.pop("protocol", PROTOCOL)}
+        self.about = {
+            "vocabulary": vocabulary, "hidden": hidden, "protocol": changed.pop("protocol", PROTOCOL),
+            "nccl": changed.pop("nccl", None),
+        }  # fmt: skip
         self.joins = changed.pop("joins", True)
         self.replicas = changed.pop("replicas", 1)
         self.group: Group | None = None
@@ -63,6 +74,10 @@ class FakeVLLM:
                 self.fail[path] -= 1
                 return 500, {"error": {"message": "out of luck"}}
         if path == "/collective_rpc":
+            if "weights" in self.asleep and body["method"] != "lit_rlvr_about":
+                return 500, {"error": {"message": "an illegal memory access was encountered"}}
+            if body["method"] == self.fails:
+                return 500, {"error": {"message": "out of luck"}}
             try:
                 return 200, {"results": [getattr(self, body["method"])(**body["kwargs"])]}
             except RuntimeError as error:
@@ -82,6 +97,7 @@ class FakeVLLM:
 
     def lit_rlvr_load(self, file: str, number: int) -> dict[str, Any]:
         assert self._loading is not None
+        self.takes_part.wait()
         loaded = load_file(file)
         assert not loaded.keys() & self._loading.keys()
         self._loading |= loaded
@@ -98,6 +114,7 @@ class FakeVLLM:
         assert self._loading is not None
         if self.group is None:
             raise RuntimeError("not in the group")
+        self.takes_part.wait()
         buffer = self.group.empty(places(weights)[-1])
         self.group.broadcast(buffer).wait()
         self._loading |= dict(unpack(buffer, weights))
@@ -129,13 +146,25 @@ class FakeVLLM:
         self.name = body["new_version"]
         return 200, {"success": True}
 
+    def on_is_sleeping(self, query: Any, body: Any) -> tuple[int, Any]:
+        return 200, {"is_sleeping": bool(self.asleep)}
+
     def on_sleep(self, query: Any, body: Any) -> tuple[int, Any]:
-        self.asleep = True
+        """At level 2 the weights are gone."""
+        assert self.model["enable_sleep_mode"]
+        if query["level"] == ["2"]:
+            self.weights, self.name = {}, "dropped"
+        self.asleep = {"weights", "kv_cache"}
         return 200, {"status": "sleeping"}
 
     def on_wake_up(self, query: Any, body: Any) -> tuple[int, Any]:
-        self.asleep = False
-        return 200, {"status": "awake"}
+        """There is room for the cache once weights have taken the memory that they need on their way."""
+        tags = set(query.get("tags", ("weights", "kv_cache")))
+        room = not self.held and (tags == {"weights"} or (self.weights and "weights" not in self.asleep))
+        if not room:
+            return 500, {"error": {"message": "CUDA Error: out of memory"}}
+        self.asleep -= tags
+        return 200, {"status": "sleeping" if self.asleep else "awake", "tags": query.get("tags")}
 
     def on_abort_requests(self, query: Any, body: Any) -> tuple[int, Any]:
         assert body == {}
@@ -143,7 +172,7 @@ class FakeVLLM:
         return 200, {"status": "aborted", "aborted": 1}
 
     def on_inference_v1_generate(self, query: Any, body: Any) -> tuple[int, Any]:
-        if self.asleep:
+        if self.asleep:  # a server would let it wait
             return 503, {"error": {"message": "asleep"}}
         sampling = body["sampling_params"]
         if self.choices is not None:
@@ -209,8 +238,7 @@ def main() -> None:
     """As a process of its own, started with vLLM's options: a server of the tiny built-in model, until it is ended."""
     import sys
 
-    options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=False))
-    with serving(FakeVLLM(22, 64), int(options["--port"])):
+    with serving(FakeVLLM(22, 64, enable_sleep_mode=True), int(sys.argv[sys.argv.index("--port") + 1])):
         threading.Event().wait()
 
 

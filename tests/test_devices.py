@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_rlvr import Batch, CreditContext, Sampling
 from lit_rlvr.aggregation import TokenMean
 from lit_rlvr.critic import Critic, ValueModel, score_values, value_losses
-from lit_rlvr.devices import send
+from lit_rlvr.devices import give_back_unused, send
 from lit_rlvr.kl import KLPenalty
 from lit_rlvr.layout import Layout
 from lit_rlvr.learning import backward_but_last, policy_losses
@@ -156,3 +157,16 @@ def test_scores_are_fetched_when_all_micro_batches_have_been_asked_for(kind: str
     assert len(seen) > 2
     assert sum(seen) >= int(rollout.response_mask.sum()) - len(rollout)
     assert waiting.found == []
+
+
+def test_unused_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of tensors in a reference cycle too; a CPU has none."""
+    kept: list[Any] = [torch.ones(1)]
+    kept.append(kept)
+    gone, asked = ref(kept[0]), list[bool]()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append(gone() is None))
+    del kept
+    give_back_unused(torch.device("cpu"))
+    assert asked == []
+    give_back_unused(torch.device("cuda", 0))
+    assert asked == [True]

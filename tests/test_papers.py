@@ -19,6 +19,7 @@ from lit_rlvr import RLVRModule
 from lit_rlvr.advantages import GroupNormalized
 from lit_rlvr.cli import CLI
 from lit_rlvr.credit import CreditContext, all_callbacks, credit_chain
+from lit_rlvr.engines import InProcessEngine, VLLMColocatedEngine, VLLMInProcessEngine, VLLMServerEngine
 from lit_rlvr.rewards import MathVerify
 from lit_rlvr.shaping import OverlongPenalty
 from lit_rlvr.tasks import ProblemFiles, Prompt
@@ -101,6 +102,38 @@ def test_every_run_is_explained_without_hub_and_data(
     assert f"prompts count as {2048 if wang else 1024} tokens" in out
     assert ("the model's context is 4096" in out) == (file.stem == "math_7b")
     assert holds(yaml.safe_load(resolved[0]), yaml.safe_load(file.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        ("wang2025", VLLMInProcessEngine), ("wang2025/14b", VLLMInProcessEngine),
+        ("wang2025/32b", VLLMColocatedEngine), ("deng2025", VLLMInProcessEngine),
+    ],
+)  # fmt: skip
+def test_a_run_samples_from_vllm(
+    name: str, engine: type[VLLMInProcessEngine | VLLMColocatedEngine], tmp_path: Path, started: list[CLI]
+) -> None:
+    """In turn with training on the same GPUs; no vLLM is needed to look at it, nor to go without it."""
+    file = PAPERS / f"{name}.yaml"
+    made = run_of(file, tmp_path, started).model.engine
+    assert type(made) is engine
+    assert made.sleep_level == 2
+    if isinstance(made, VLLMColocatedEngine):
+        assert 8 % made.devices_per_server == 0
+    without = ("--config", str(CONFIGS / "engine/in_process.yaml"), "--model.engine.max_rows=4")
+    succeed(tmp_path, "explain", *layers(file), *without, UNTRACKED)
+    other = started[-1].model.engine
+    assert (type(other), other.max_rows) == (InProcessEngine, 4)
+
+
+def test_a_run_can_have_servers_instead(tmp_path: Path, started: list[CLI]) -> None:
+    """With devices of their own, so that nothing of the turns that the run's own engine takes is left."""
+    overlap = ("--config", str(CONFIGS / "engine/vllm_overlap.yaml"))
+    succeed(tmp_path, "explain", *layers(PAPERS / "wang2025.yaml"), *overlap, UNTRACKED)
+    engine = started[-1].model.engine
+    assert isinstance(engine, VLLMServerEngine)
+    assert engine.sleep_level == 0
 
 
 def test_no_file_repeats_another() -> None:

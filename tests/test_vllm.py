@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lit_rlvr_callbacks import TruncatedImportance
+from rollouts import ThreadedReduce, run_ranks
 from runs import train
 from transformers import AutoTokenizer
 from vllm_runs import (
@@ -204,3 +205,27 @@ def test_a_run_starts_a_server_of_its_own(folder: str, monkeypatch: pytest.Monke
     assert len(watch.now) == 2
     assert max(watch.now) < TOLERANCE
     assert processes[0].process.poll() is not None
+
+
+def test_ranks_share_a_server_that_spreads_the_model(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its two processes takes its part of the weights that are pushed; both ranks sample from them."""
+    if not PYTHON:
+        pytest.skip("needs vLLM: make test-vllm")
+    for name, value in SURROUNDINGS.items():
+        monkeypatch.setenv(name, value)
+    policies, tokenizer = [load_policy(folder) for _ in range(2)], AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        for policy in policies:
+            for parameter in policy.parameters():
+                parameter *= 1.1
+
+    def rank(reduce: ThreadedReduce) -> list[int]:
+        engine = VLLMColocatedEngine(PYTHON, OPTIONS, devices_per_server=2)
+        engine.setup()
+        engine.sync(policies[reduce.rank], 0, reduce)
+        check_greedy(engine, policies[reduce.rank], tokenizer, [])
+        workers = [served.workers for served in engine.served]
+        engine.close()
+        return workers
+
+    assert run_ranks(2, rank, timeout=900) == [[2], [2]]

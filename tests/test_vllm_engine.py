@@ -17,7 +17,7 @@ from runs import TINY, train
 from tiny_models import VOCABULARY, build, char_tokenizer
 
 from lit_rlvr import Batch, RLVRModule, Sampling
-from lit_rlvr.engines import Generation, VLLMServerEngine, vllm_broadcast
+from lit_rlvr.engines import Generation, VLLMServerEngine, vllm_broadcast, vllm_engine, vllm_push
 from lit_rlvr.engines.vllm_engine import shared_memory
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import LocalReduce
@@ -179,6 +179,17 @@ def test_every_server_gets_the_policys_weights(file_bytes: int, transport: Any, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_server_is_told_where_files_are(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the root on, because it may have been started in another folder."""
+    fake, address = serve()
+    monkeypatch.chdir(tmp_path)
+    engine = VLLMServerEngine([address], folder="weights")
+    engine.setup()
+    engine.sync(make_policy(), 0, HERE)
+    files = [b["kwargs"]["file"] for b in fake.bodies("/collective_rpc") if b["method"] == "lit_rlvr_load"]
+    assert {Path(file).parent.parent for file in files} == {tmp_path / "weights"}
+
+
 @pytest.mark.parametrize("transport", ["files", "gloo"])
 def test_matrices_are_rounded_to_what_the_server_computes_in(transport: str, serve: Any) -> None:
     """Which halves what is sent; vectors stay, since servers keep some in float32."""
@@ -194,6 +205,11 @@ def test_matrices_are_rounded_to_what_the_server_computes_in(transport: str, ser
     ("transport", "changed", "why"),
     [
         ("nccl", {}, "there is no NCCL for a broadcast here"),
+        (
+            "nccl",
+            {"nccl": [2, 27, 5]},
+            "has NCCL 2.27.5 and training has no NCCL; NCCL connects processes",
+        ),
         ("gloo", {"replicas": 2}, "has 2 replicas of the model"),
         ("gloo", {"joins": False}, "out of reach"),
     ],
@@ -246,6 +262,42 @@ def test_a_server_that_does_not_receive_is_said_at_once(serve: Any) -> None:
     assert good.name == bad.name == engine.version
 
 
+@pytest.mark.parametrize("transport", ["files", "gloo"])
+def test_a_failed_push_does_not_wait_for_a_server_that_hangs(transport: Any, serve: Any) -> None:
+    """It is said at once, and nothing that still waits keeps the process alive."""
+    (bad, first), (hung, second) = serve(), serve()
+    engine, policy, before = VLLMServerEngine([first, second], transport=transport, retries=0), make_policy(), alive()
+    engine.setup()
+    engine.sync(policy, 0, HERE)
+    bad.group, bad.fails = None, "lit_rlvr_load" if transport == "files" else ""
+    hung.takes_part.clear()
+    try:
+        with pytest.raises(RuntimeError, match={"files": "out of luck", "gloo": "not in the group"}[transport]):
+            engine.sync(policy, 1, HERE)
+        assert all(thread.daemon for thread in alive() - before)
+    finally:
+        hung.takes_part.set()
+
+
+def test_a_failed_sample_does_not_wait_for_a_server_that_hangs(serve: Any) -> None:
+    """Nor for the prompts before the one that failed."""
+    (hung, first), (bad, second) = serve(), serve()
+    engine, before, end = ready(first, second, retries=0), alive(), threading.Event()
+    hung.choices = lambda fake, body: end.wait()
+    bad.choices = lambda fake, body: []
+    try:
+        with pytest.raises(RuntimeError, match="gave 0 responses instead of 2"):
+            generate(engine)
+        assert all(thread.daemon for thread in alive() - before)
+    finally:
+        end.set()
+
+
+def alive() -> set[threading.Thread]:
+    """This process's threads."""
+    return set(threading.enumerate())
+
+
 def test_weights_are_pushed_once_per_change(serve: Any) -> None:
     """The same number of steps means the same weights, until another run begins."""
     fake, address = serve()
@@ -277,7 +329,7 @@ def test_a_server_that_works_for_others_is_an_error(serve: Any) -> None:
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_servers_sleep_between_phases(level: int, serve: Any) -> None:
-    """Weights that slept in the host's memory are still there; at level 2 they are pushed again."""
+    """Weights that slept in the host's memory are still there; at level 2 they are pushed again, before the cache."""
     fake, address = serve(enable_sleep_mode=True)
     engine = ready(address, sleep_level=level)
     generate(engine)
@@ -285,11 +337,51 @@ def test_servers_sleep_between_phases(level: int, serve: Any) -> None:
     engine.rest(HERE)
     assert fake.asleep
     assert [query for _, path, query, _ in fake.asked if path == "/sleep"] == [{"level": [str(level)]}]
-    pushed = fake.name
+    pushed, before = fake.name, len(fake.asked)
     engine.sync(make_policy(), 0, HERE)
     generate(engine)
     assert not fake.asleep
     assert (fake.name == pushed) == (level == 1)
+    order = [query.get("tags", path) for _, path, query, _ in fake.asked[before:]]
+    assert order[0] == ["weights"]
+    assert order.index(["kv_cache"]) == len(order) - 1 - len(PROMPTS)
+    assert order.count("/collective_rpc") == (0 if level == 1 else 3)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_server_wakes_up_once_no_rank_holds_memory(level: int, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is another process, so what training has kept of its peak, on any rank, is not the server's to take."""
+    ranks = threading.local()
+    fake, address = serve(enable_sleep_mode=True)
+    monkeypatch.setattr(vllm_engine, "give_back_unused", lambda device: fake.held.discard(ranks.own))
+
+    def gather(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
+        fake.held.add(ranks.own)
+        yield from named_weights(policy)
+
+    monkeypatch.setattr(vllm_push, "named_weights", gather)
+
+    def run(reduce: ThreadedReduce) -> None:
+        ranks.own, policy = reduce.rank, make_policy()
+        engine = VLLMServerEngine([address], sleep_level=level, retries=0)
+        engine.setup()
+        engine.sync(policy, 0, reduce)
+        for phase in (1, 2):
+            engine.rest(reduce)
+            fake.held.add(reduce.rank)  # learns
+            engine.sync(policy, phase, reduce)
+            assert not fake.asleep
+
+    run_ranks(2, run)
+    assert fake.called("/wake_up") == 4
+
+
+def test_servers_that_another_run_left_asleep_are_woken(serve: Any) -> None:
+    """Also by a run that would not have sent them to sleep."""
+    fake, address = serve(enable_sleep_mode=True)
+    ready(address, sleep_level=2).rest(HERE)
+    generate(ready(address, sleep_level=0))
+    assert not fake.asleep
 
 
 def test_without_sleep_nobody_is_sent_to_bed(serve: Any) -> None:

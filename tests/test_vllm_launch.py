@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -53,6 +54,16 @@ def test_serve_becomes_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [file.name for file in folder.glob("*.py")] == ["lit_rlvr_worker.py"]
 
 
+def test_a_server_has_no_place_in_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes meet by themselves, also where torchrun started the run."""
+    place = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**place, "HF_HOME": "/cache"}.items():
+        monkeypatch.setenv(name, value)
+    environment = vllm_launch.server_environment()
+    assert environment["HF_HOME"] == "/cache"
+    assert not environment.keys() & place.keys()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -65,6 +76,23 @@ def test_serve_without_vllm_says_how_to_get_it(
 ) -> None:
     assert main(["serve", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_environment_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where its files take minutes to be read."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 100\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(vllm_launch, "PYTHON_SECONDS", 0.2)
+    with pytest.raises(ValueError, match=r"did not start within 0.2 seconds; is its environment on a slow filesystem"):
+        vllm_launch.check_python(str(python))
+
+
+def test_a_run_without_vllm_ends_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large model is not loaded for nothing."""
+    monkeypatch.setattr("lit_rlvr.engines.vllm_colocated.ServerProcess", None)
+    with pytest.raises(ValueError, match=r"there is no vLLM .*; give vLLM an environment .*pip install 'vllm<0.33,>=0"):
+        VLLMColocatedEngine(sys.executable).setup()
 
 
 # -- a server of a run's own -------------------------------------------------------------------------------------------
@@ -107,26 +135,46 @@ def test_a_run_starts_and_ends_its_own_server(fakes: list[list[str]]) -> None:
 
 
 @pytest.mark.slow
-def test_every_rank_has_its_own_server(fakes: list[list[str]]) -> None:
-    """And rank 0 knows all of them, to push weights to."""
+@pytest.mark.parametrize(("size", "machines"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_ranks_have_servers_beside_them(
+    size: int, machines: int, fakes: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One each, or one for two; the first rank of each machine looks after those that are there."""
     policy, tokenizer = load_policy(resolve_model(TINY)), AutoTokenizer.from_pretrained(resolve_model(TINY))
+    own, world = threading.local(), 2 * machines
+    monkeypatch.setattr("socket.gethostname", lambda: f"node{own.rank * machines // world}")
 
-    def rank(reduce: ThreadedReduce) -> tuple[str, list[str], list[str]]:
-        engine = VLLMColocatedEngine("py")
-        engine.sync(policy, 0, reduce)
-        assert engine.process is not None
-        own, everyone = engine.process.address, [client.address for client in engine.clients]
-        share = [client.address for client, _ in engine.share()]
-        engine.generate(policy, tokenizer, [[5, 6]], torch.tensor([(0, 0, 0)]), Sampling(), 0)
+    def rank(reduce: ThreadedReduce) -> tuple[str | None, list[str], list[str], list[str], str | None]:
+        own.rank = reduce.rank
+        engine = VLLMColocatedEngine("py", devices_per_server=size, sleep_level=2)
+        for phase in range(2):
+            engine.sync(policy, phase, reduce)
+            engine.generate(policy, tokenizer, [[5, 6]], torch.tensor([(0, 0, 0)]), Sampling(max_new_tokens=4), 0)
+            reduce.gather("sampled")
+            engine.rest(reduce)
+        address = engine.process and engine.process.address
+        everyone, share = [c.address for c in engine.clients], [c.address for c, _ in engine.share()]
+        kept = [client.address for client in engine.kept()]
         engine.close()
-        return own, everyone, share
+        return address, everyone, share, kept, engine.version
 
-    results = run_ranks(2, rank)
-    owned = [own for own, _, _ in results]
-    assert len(set(owned)) == 2
-    for own, everyone, share in results:
-        assert everyone == owned
-        assert share == [own]
+    results = run_ranks(world, rank, timeout=120)
+    assert len({version for *_, version in results}) == 1
+    for machine in range(machines):
+        here = results[2 * machine : 2 * machine + 2]
+        started = [address for address, *_ in here if address]
+        assert len(set(started)) == 2 // size
+        assert [everyone for _, everyone, *_ in here] == [started, started]
+        assert [share for _, _, share, *_ in here] == ([[a] for a in started] if size == 1 else [started, started])
+        assert [kept for *_, kept, _ in here] == [started, []]
+    assert all(("--tensor-parallel-size=2" in command) == (size == 2) for command in fakes)
+    assert all("--enable-sleep-mode" in command for command in fakes)
+
+
+def test_ranks_that_cannot_be_shared_out_are_refused(fakes: list[list[str]]) -> None:
+    with pytest.raises(ValueError, match=r"devices_per_server is 2, but .* has 1 ranks of the run"):
+        VLLMColocatedEngine("py", devices_per_server=2).start(policy_on(torch.device("cpu")), LocalReduce())
+    assert fakes == []
 
 
 def policy_on(device: torch.device) -> Any:
@@ -144,20 +192,22 @@ def test_a_server_that_does_not_start_is_shown(monkeypatch: pytest.MonkeyPatch, 
     assert engine.process is None
 
 
-@pytest.mark.parametrize(("visible", "index", "wanted"), [(None, 1, "1"), ("4,6", 1, "6"), ("GPU-a,GPU-b", 0, "GPU-a")])
-def test_a_server_is_on_the_ranks_own_gpu(
-    visible: str | None, index: int, wanted: str, monkeypatch: pytest.MonkeyPatch, fakes: list[list[str]]
+@pytest.mark.parametrize(
+    ("visible", "index", "size", "wanted"),
+    [(None, 1, 1, ["1"]), ("4,6", 1, 1, ["6"]), ("GPU-a,GPU-b", 0, 1, ["GPU-a"]), ("4,6,7,5", None, 2, ["4,6", "7,5"])],
+)
+def test_a_server_is_on_the_ranks_own_gpus(
+    visible: str | None, index: int | None, size: int, wanted: list[str], monkeypatch: pytest.MonkeyPatch, fakes: Any
 ) -> None:
-    environments: list[dict[str, str]] = []
+    """Their names are those that the run has for them."""
+    environments: dict[int, dict[str, str]] = {}
 
     class Process:
-        address = "http://127.0.0.1:1"
-
-        def __init__(self, command: Any, environment: dict[str, str], *more: Any) -> None:
-            environments.append(environment)
+        def __init__(self, command: Any, environment: dict[str, str], address: str, *more: Any) -> None:
+            self.address, self.environment = address, environment
 
         def wait_until_ready(self, seconds: float) -> None:
-            pass
+            environments[len(environments)] = self.environment
 
         def stop(self) -> None:
             pass
@@ -167,11 +217,18 @@ def test_a_server_is_on_the_ranks_own_gpu(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    engine = VLLMColocatedEngine("py", sleep_level=1)
-    engine.start(policy_on(torch.device("cuda", index)), LocalReduce())
-    engine.close()
-    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == [wanted]
-    assert fakes[0][-1] == "--enable-sleep-mode"
+
+    def rank(reduce: Any) -> None:
+        engine = VLLMColocatedEngine("py", sleep_level=1, devices_per_server=size)
+        engine.start(policy_on(torch.device("cuda", reduce.rank if index is None else index)), reduce)
+        engine.close()
+
+    if index is None:
+        run_ranks(4, rank)
+    else:
+        rank(LocalReduce())
+    assert sorted(e["CUDA_VISIBLE_DEVICES"] for e in environments.values()) == wanted
+    assert "--enable-sleep-mode" in fakes[0]
 
 
 ABANDONS = """
@@ -209,9 +266,22 @@ def alive(process: int) -> bool:
         return False
 
 
-def test_options_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"engine.start_seconds must be above 0, got 0"):
-        VLLMColocatedEngine("py", start_seconds=0)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"start_seconds": 0}, "engine.start_seconds must be above 0, got 0"),
+        ({"devices_per_server": 0}, "engine.devices_per_server must be at least 1, got 0"),
+        (
+            {"options": ["--tensor-parallel-size=2"]},
+            "has --tensor-parallel-size=2; set engine.devices_per_server instead",
+        ),
+        ({"options": ["--tensor_parallel_size", "2"]}, "set engine.devices_per_server instead"),
+        ({"options": ["-tp", "2"]}, "engine.options has -tp; set engine.devices_per_server instead"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        VLLMColocatedEngine("py", **options)
 
 
 # -- inside vLLM -------------------------------------------------------------------------------------------------------
@@ -267,7 +337,7 @@ def file(folder: Path, *names: str) -> str:
 
 def test_an_update_goes_file_by_file(worker: Any, tmp_path: Path) -> None:
     """A request that is repeated loads nothing twice, and what no file had is named."""
-    assert worker.lit_rlvr_about() == {"vocabulary": 7, "hidden": 5, "protocol": PROTOCOL}
+    assert worker.lit_rlvr_about() == {"vocabulary": 7, "hidden": 5, "protocol": PROTOCOL, "nccl": None}
     for _ in range(2):
         worker.lit_rlvr_begin()
         worker.lit_rlvr_load(file(tmp_path, "weight"), 0)
@@ -306,6 +376,49 @@ def test_an_update_is_broadcast(worker: Any) -> None:
     assert worker.lit_rlvr_finish() == {"missing": []}
     assert worker.model.loads == ["weight", "bias"]
     assert all(torch.equal(worker.model.given[name], tensor) for name, tensor in sent.items())
+
+
+class NCCL:
+    """Stands in for a group of GPUs, where there are none."""
+
+    Options = SimpleNamespace
+
+    def __init__(self, *arguments: Any) -> None:
+        self.done: list[str] = []
+        NCCL.made.append(self)
+
+    made: list[NCCL] = []  # noqa: RUF012
+
+    def broadcast(self, buffer: Any, root: int) -> Any:
+        return SimpleNamespace(wait=lambda: self.done.append("broadcast"))
+
+    def abort(self) -> None:
+        self.done.append("abort")
+
+    def _set_default_timeout(self, limit: Any) -> None:
+        pass
+
+
+def test_a_group_of_gpus_is_aborted(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the worker joins another: what waits on a GPU for members that have left would wait for ever."""
+    monkeypatch.setattr(NCCL, "made", [])
+    shipped = sys.modules["lit_rlvr_worker"]
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", NCCL, raising=False)
+    monkeypatch.setattr(shipped.Group, "empty", lambda self, size: torch.empty(size))
+    monkeypatch.setattr(dist, "TCPStore", lambda *_, **__: dist.HashStore())
+    worker.device = torch.device("cuda")
+    for _ in range(2):
+        worker.lit_rlvr_join("127.0.0.1", 1, first=1, size=2, backend="nccl", seconds=1.0)
+    assert [group.done for group in NCCL.made] == [["broadcast", "abort"], ["broadcast"]]
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+def test_a_worker_tells_its_nccl(gpus: bool, worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
+    assert worker.lit_rlvr_about()["nccl"] == ([2, 28, 3] if gpus else None)
 
 
 def test_a_restarted_server_is_in_no_group(worker: Any) -> None:

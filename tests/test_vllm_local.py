@@ -71,8 +71,14 @@ def generate(engine: VLLMInProcessEngine, sampling: Sampling | None = None, **mo
         ({"options": {"model": "x"}}, "engine.options has model, which the engine sets"),
         ({"options": {"logprobs_mode": "raw_logprobs"}}, "engine.options has logprobs_mode, which the engine sets"),
         ({"options": {"enable_sleep_mode": True}}, "engine.options has enable_sleep_mode, which the engine sets"),
-        ({"options": {"tensor_parallel_size": 2}}, "has tensor_parallel_size: 2, but .* use VLLMServerEngine"),
-        ({"options": {"data_parallel_size": 2}}, "has data_parallel_size: 2, but .* use VLLMServerEngine"),
+        (
+            {"options": {"tensor_parallel_size": 2}},
+            "has tensor_parallel_size: 2, but .* VLLMColocatedEngine with devices_per_server",
+        ),
+        (
+            {"options": {"data_parallel_size": 2}},
+            "has data_parallel_size: 2, but .* VLLMColocatedEngine with devices_per_server",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], said: str) -> None:

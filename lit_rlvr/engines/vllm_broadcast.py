@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, as_completed, wait
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from lit_rlvr.engines.server_side.lit_rlvr_worker import Group, dist, own_address, places, unpack
+from lit_rlvr.engines.background import Background
+from lit_rlvr.engines.server_side.lit_rlvr_worker import Group, dist, nccl_version, own_address, places, unpack
 from lit_rlvr.engines.vllm_client import Served, VLLMClient, is_here
-from lit_rlvr.engines.vllm_push import FileRoad, Road
+from lit_rlvr.engines.vllm_push import FileRoad, Road, raise_first
 
 log = logging.getLogger(__name__)
 
@@ -68,20 +69,25 @@ class BroadcastRoad(Road):
         for server, about in zip(servers, served, strict=True):
             if about.replicas > 1:
                 raise RuntimeError(f"{server.address} has {about.replicas} replicas of the model")
+            if backend == "nccl" and about.nccl != (ours := nccl_version()):
+                raise RuntimeError(
+                    f"{server.address} has {_named(about.nccl)} and training has {_named(ours)}; NCCL connects "
+                    "processes with the same version only"
+                )
         hosts = [str(urlsplit(server.address).hostname) for server in servers]
         address = own_address(next((host for host in hosts if not is_here(host)), hosts[0]))
         limit = timedelta(seconds=JOIN_SECONDS)
         store = dist.TCPStore(address, 0, is_master=True, timeout=limit, wait_for_workers=False)
         ranks = list(accumulate((about.workers for about in served), initial=1))
         common: dict[str, Any] = {"size": ranks[-1], "backend": backend, "seconds": JOIN_SECONDS}
-        with ThreadPoolExecutor(1 + len(servers)) as pool:
-            ours = pool.submit(Group, store, 0, address=address, device=device, **common)
+        with Background(1 + len(servers)) as threads:
+            own = threads.submit(Group, store, 0, address=address, device=device, **common)
             joining = [
-                pool.submit(server.call, "lit_rlvr_join", host=address, port=store.port, first=first, **common)
+                threads.submit(server.join, host=address, port=store.port, first=first, **common)
                 for server, first in zip(servers, ranks, strict=False)
             ]
-            _raise(as_completed([ours, *joining]))  # the first failure is the cause of the others
-        self.group: Group | None = ours.result()
+            raise_first(as_completed([own, *joining]))  # the first failure is the cause of the others
+        self.group: Group | None = own.result()
 
     def send(self, number: int, part: dict[str, Tensor]) -> None:
         assert self.group is not None
@@ -89,21 +95,25 @@ class BroadcastRoad(Road):
         buffer = self.group.empty(places(weights)[-1])
         for name, place in unpack(buffer, weights):
             place.copy_(part[name])
-        pool = ThreadPoolExecutor(len(self.servers))
-        calls = [pool.submit(s.call, "lit_rlvr_receive", number=number, weights=weights) for s in self.servers]
-        pool.shutdown(wait=False)
-        sending = self.group.broadcast(buffer)
-        try:
-            while not sending.is_completed():  # a server that does not take part would be waited for in vain
-                _raise(wait(calls, timeout=0.005, return_when=FIRST_EXCEPTION).done)
-            _raise(wait(calls, return_when=FIRST_EXCEPTION).done)
-            sending.wait()
-        except BaseException:
-            self.group = sending = None  # with both gone connections are closed, and nobody waits for more
-            raise
+        with Background(len(self.servers)) as threads:
+            calls = [threads.submit(s.call, "lit_rlvr_receive", number=number, weights=weights) for s in self.servers]
+            sending = self.group.broadcast(buffer)
+            try:
+                while not sending.is_completed():  # a server that does not take part would be waited for in vain
+                    raise_first(wait(calls, timeout=0.005, return_when=FIRST_EXCEPTION).done)
+                raise_first(wait(calls, return_when=FIRST_EXCEPTION).done)
+                sending.wait()
+            except BaseException:
+                sending = None  # holds connections, as the group does
+                self.close()
+                raise
+
+    def close(self) -> None:
+        if self.group is not None:
+            self.group.leave()
+        self.group = None
 
 
-def _raise(done: Iterable[Future[Any]]) -> None:
-    """Raise what one of them ended with, if it is a failure."""
-    for call in done:
-        call.result()
+def _named(version: list[int] | None) -> str:
+    """NCCL of a version, or its absence."""
+    return "no NCCL" if version is None else f"NCCL {'.'.join(map(str, version))}"

@@ -38,6 +38,7 @@ class Served:
         sleeps: Whether it was started with ``--enable-sleep-mode``.
         workers: Its processes that hold weights, of one replica of the model.
         replicas: Copies of the model.
+        nccl: Version of NCCL that its PyTorch has; None without GPUs.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Served:
     sleeps: bool
     workers: int
     replicas: int
+    nccl: list[int] | None
 
 
 class _FailingError(RuntimeError):
@@ -74,27 +76,33 @@ class VLLMClient:
         except ImportError as error:
             raise ImportError("the vLLM engine needs the package requests: pip install 'lit-rlvr[vllm]'") from error
         self.address, self.timeout, self.retries = address.rstrip("/"), timeout, retries
-        self.retried = 0
+        self.retried, self.closed = 0, False
         self._lock, self._requests, self._session = Lock(), requests, requests.Session()
         self._session.trust_env = False  # a proxy for the internet does not lead to a server beside us
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_connections=1, pool_maxsize=connections))
 
-    def ask(self, method: str, path: str, **options: Any) -> Any:
+    def ask(self, method: str, path: str, repeats: int | None = None, **options: Any) -> Any:
         """Send a request, repeat it where that may help, and return the answer's JSON.
+
+        Args:
+            method: HTTP's.
+            path: On the server.
+            repeats: How often it may be repeated; null: ``retries`` times.
+            options: Of ``requests``: ``json``, ``params``.
 
         Raises:
             ConnectionError: When there is no answer after all repeats.
             RuntimeError: When the server refuses, or goes on failing; with its words.
         """
-        repeated = 0
+        repeated, repeats = 0, self.retries if repeats is None else repeats
         while True:
             try:
                 return self._ask_once(method, path, options)
             except (ConnectionError, _FailingError) as problem:
-                if repeated == self.retries:
+                if repeated == repeats or self.closed:
                     raise
-                log.warning("%s; trying again (%d of %d)", problem, repeated + 1, self.retries)
+                log.warning("%s; trying again (%d of %d)", problem, repeated + 1, repeats)
             with self._lock:
                 self.retried += 1
             time.sleep(min(2.0**repeated, 30.0))
@@ -124,6 +132,10 @@ class VLLMClient:
         body = {"method": method, "kwargs": arguments}
         results: list[dict[str, Any]] = self.ask("POST", "/collective_rpc", json=body)["results"]
         return results
+
+    def join(self, **arguments: Any) -> None:
+        """Have every worker join a group; not repeated, because by then nobody would be waiting there."""
+        self.ask("POST", "/collective_rpc", 0, json={"method": "lit_rlvr_join", "kwargs": arguments})
 
     def meet(self) -> Served:
         """Find out what the server is.
@@ -156,9 +168,17 @@ class VLLMClient:
                 "with this version's"
             )
         dtype = getattr(torch, model["dtype"].rpartition(".")[2])
-        sizes = about["vocabulary"], about["hidden"]
-        sleeps, replicas = bool(model["enable_sleep_mode"]), int(parallel["data_parallel_size"])
-        return Served(listed["id"], listed["max_model_len"], dtype, *sizes, sleeps, len(workers), replicas)
+        return Served(
+            model=listed["id"],
+            context=listed["max_model_len"],
+            dtype=dtype,
+            vocabulary=about["vocabulary"],
+            hidden=about["hidden"],
+            sleeps=bool(model["enable_sleep_mode"]),
+            workers=len(workers),
+            replicas=int(parallel["data_parallel_size"]),
+            nccl=about["nccl"],
+        )
 
     def _configuration(self) -> dict[str, Any]:
         """The server's own configuration, which it shows in development mode only."""
@@ -203,12 +223,17 @@ class VLLMClient:
         """Give up memory: the cache, and at level 2 the weights too, which level 1 keeps in the host's memory."""
         self.ask("POST", "/sleep", params={"level": level})
 
-    def wake(self) -> None:
-        """Take the memory back."""
-        self.ask("POST", "/wake_up")
+    def asleep(self) -> bool:
+        """Whether it has given up memory, maybe because a run before ended then."""
+        return bool(self.ask("GET", "/is_sleeping")["is_sleeping"])
+
+    def wake(self, what: str) -> None:
+        """Take the memory of ``weights`` or ``kv_cache`` back; it samples once it has both."""
+        self.ask("POST", "/wake_up", params={"tags": what})
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; requests that are under way are not repeated."""
+        self.closed = True
         self._session.close()
 
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import as_completed
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,13 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from lit_rlvr.devices import give_back_unused
+from lit_rlvr.engines.background import Background
 from lit_rlvr.engines.base import Engine, Generation, Sampling, check_context
 from lit_rlvr.engines.in_process import end_tokens
 from lit_rlvr.engines.vllm_broadcast import Backend, open_road
 from lit_rlvr.engines.vllm_client import Served, VLLMClient
-from lit_rlvr.engines.vllm_push import Road, everywhere, on_first_rank, push_weights
+from lit_rlvr.engines.vllm_push import Road, everywhere, push_weights, raise_first
 from lit_rlvr.engines.vllm_responses import request, to_generation
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import LocalReduce, Reduce
@@ -83,8 +85,9 @@ class VLLMEngine(Engine):
         self.clients = [VLLMClient(address, self.timeout, self.retries, self.requests) for address in addresses]
 
     def meet(self) -> None:
-        """Ask every server what it is."""
+        """Ask every server what it is, and whether it sleeps: a run that was killed leaves it as it was."""
         self.served = [client.meet() for client in self.clients]
+        self._asleep = any(client.asleep() for client in self.clients)
 
     def exact(self, precision: str) -> bool:
         return False
@@ -93,33 +96,51 @@ class VLLMEngine(Engine):
 
     def setup(self) -> None:
         """Forget which weights were pushed: another run may have other weights after as many steps."""
-        self._pushed = self._road = None
+        self._pushed = None
+        self._close_road()
 
     def sync(self, policy: Policy, version: int, reduce: Reduce) -> None:
         started, self._reduce = time.perf_counter(), reduce
         self._cancelled = False
         if not self.served:
+            give_back_unused(policy.device)
             self.start(policy, reduce)
-        if self._asleep:
-            on_first_rank(lambda: everywhere(self.clients, VLLMClient.wake), reduce)
-            self._asleep = False
+        if asleep := self._asleep:
+            self._wake("weights", policy, reduce)
         if self._pushed != version:
-            self._fits(policy)
+            on_every_rank(lambda: self._fits(policy), reduce)
             # No two pushes have the same name, of other runs neither: a server that has lost these weights is found
             # out.
             self.version = reduce.gather(f"{uuid4().hex[:8]}-{version}")[0]
             assert self.version is not None
             dtype = self.served[0].dtype
             road = partial(self._open_road, policy.device)
-            push_weights(policy, self.clients, self.version, dtype, road, self.file_bytes, reduce)
+            push_weights(policy, self.kept(), self.version, dtype, road, self.file_bytes, reduce)
             self._pushed = version
+        if asleep:  # after the weights, which take some memory on their way
+            self._wake("kv_cache", policy, reduce)
+            self._asleep = False
         self._seconds += time.perf_counter() - started
+
+    def kept(self) -> list[VLLMClient]:
+        """The servers that this rank looks after, for all ranks: their weights and their sleep."""
+        return self.clients if self._reduce.rank == 0 else []
+
+    def _wake(self, what: str, policy: Policy, reduce: Reduce) -> None:
+        """Have the servers take memory back, which no rank holds any more: a server is another process."""
+        on_every_rank(lambda: give_back_unused(policy.device), reduce)
+        on_every_rank(lambda: everywhere(self.kept(), lambda client: client.wake(what)), reduce)
 
     def _open_road(self, device: torch.device) -> Road:
         """The way for weights, which is opened once in a run."""
         if self._road is None:
             self._road = open_road(self.backend, self.clients, self.served, self.folder, device)
         return self._road
+
+    def _close_road(self) -> None:
+        if self._road is not None:
+            self._road.close()
+        self._road = None
 
     def _fits(self, policy: Policy) -> None:
         """Refuse servers of another model.
@@ -146,7 +167,7 @@ class VLLMEngine(Engine):
 
     def rest(self, reduce: Reduce) -> None:
         if self.sleep_level and not self._asleep:
-            on_first_rank(lambda: everywhere(self.clients, lambda client: client.sleep(self.sleep_level)), reduce)
+            on_every_rank(lambda: everywhere(self.kept(), lambda client: client.sleep(self.sleep_level)), reduce)
             self._asleep = True
             if self.sleep_level == 2:
                 self._pushed = None
@@ -179,11 +200,10 @@ class VLLMEngine(Engine):
             return self._checked(client, choices, samples)
 
         with ExitStack() as stack:
-            pools = [stack.enter_context(ThreadPoolExecutor(self.requests)) for _ in mine]
+            pools = [stack.enter_context(Background(self.requests)) for _ in mine]
             asked = [pools[i % len(mine)].submit(ask, i) for i in range(len(prompts))]
-            stack.callback(lambda: [answer.cancel() for answer in asked])  # after a failure, those that wait
-            answers = [answer.result() for answer in asked]
-        return to_generation([choice for choices in answers for choice in choices])
+            raise_first(as_completed(asked))
+        return to_generation([choice for answer in asked for choice in answer.result()])
 
     def cancel(self) -> None:
         """Ask for no more, and have this rank's servers break off what they are at."""
@@ -229,7 +249,8 @@ class VLLMEngine(Engine):
     def close(self) -> None:
         for client in self.clients:
             client.close()
-        self.served, self._road = [], None
+        self.served = []
+        self._close_road()
 
 
 def shared_memory() -> Path:

@@ -11,10 +11,9 @@ from torch import Tensor
 from lit_rlvr.engines.base import Engine, Generation, Sampling, check_context
 from lit_rlvr.engines.in_process import end_tokens
 from lit_rlvr.engines.vllm_local import LocalVLLM, check_options, check_vllm
-from lit_rlvr.engines.vllm_push import on_every_rank
 from lit_rlvr.engines.vllm_responses import response_tensors, sampling_parameters
 from lit_rlvr.policy import Policy
-from lit_rlvr.reduce import Reduce
+from lit_rlvr.reduce import Reduce, on_every_rank
 from lit_rlvr.weights import named_weights
 
 
@@ -67,12 +66,12 @@ class VLLMInProcessEngine(Engine):
         vllm, asleep, self._asleep = self.vllm, self._asleep, False
         assert vllm is not None
         if asleep:
-            vllm.wake("weights")
+            on_every_rank(lambda: vllm.wake("weights"), reduce)
         if renewed := self._pushed != version:
             weights = named_weights(policy)
             on_every_rank(lambda: vllm.load(weights), reduce, meanwhile=weights)
         if asleep:  # after the weights, which take some memory on their way
-            vllm.wake("kv_cache")
+            on_every_rank(lambda: vllm.wake("kv_cache"), reduce)
         if renewed:
             vllm.forget()
             self._pushed = version

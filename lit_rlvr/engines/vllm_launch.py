@@ -15,6 +15,20 @@ from lit_rlvr.engines.vllm_client import RECEIVER, SUPPORTED
 SERVER_SIDE = Path(__file__).parent / "server_side"
 END_WITH_PARENT = Path(__file__).parent / "end_with_parent.py"
 
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+"""How names of environment variables begin that tell a process its place among others.
+
+A server's own processes meet elsewhere, and would wait for ever at the store that ``torchrun`` made.
+"""
+
+HOW_TO_INSTALL = (
+    "give vLLM an environment of its own (python3.11 -m venv .vllm-env, then .vllm-env/bin/pip install "
+    f"'vllm{SUPPORTED}') and name that one's bin/python"
+)
+
+PYTHON_SECONDS = 120.0
+"""How long another environment's Python may take to look for vLLM."""
+
 USAGE = "lit-rlvr serve MODEL [--python PYTHON] [--host HOST] [--port PORT] [vLLM options]"
 
 DESCRIPTION = f"""Start a vLLM server that a run can push weights to. It has an environment of its own:
@@ -39,27 +53,30 @@ def server_command(python: str, model: str, host: str, port: int, options: Seque
 
 
 def server_environment() -> dict[str, str]:
-    """This process's environment, with what lets a server take weights in."""
+    """This process's environment, with what lets a server take weights in, and without its place in a run."""
     path = os.pathsep.join([str(SERVER_SIDE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(PLACE)}
+    return {**kept, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
 
 
 def check_python(python: str) -> None:
     """Refuse an environment without vLLM.
 
     Raises:
-        ValueError: Saying how to make one.
+        ValueError: Saying how to make one, or that the environment does not answer.
     """
     test = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
-        found = subprocess.run([python, "-c", test], check=False, timeout=120).returncode == 0
+        found = subprocess.run([python, "-c", test], check=False, timeout=PYTHON_SECONDS).returncode == 0
     except OSError:
-        raise ValueError(f"there is no Python at {python}") from None
-    if not found:
+        raise ValueError(f"there is no Python at {python}; {HOW_TO_INSTALL}") from None
+    except subprocess.TimeoutExpired:
         raise ValueError(
-            f"there is no vLLM in the environment of {python}; give it one of its own (python3.11 -m venv .vllm-env, "
-            f"then .vllm-env/bin/pip install 'vllm{SUPPORTED}') and name that one's bin/python"
-        )
+            f"{python} did not start within {PYTHON_SECONDS:g} seconds; is its environment on a slow filesystem? Try "
+            "again, or put the environment on a local disk"
+        ) from None
+    if not found:
+        raise ValueError(f"there is no vLLM in the environment of {python}; {HOW_TO_INSTALL}")
 
 
 class ServerProcess:

@@ -65,7 +65,8 @@ def check_vllm() -> None:
     except ImportError as error:
         raise ValueError(
             f"VLLMInProcessEngine needs vLLM in this environment ({error}): pip install 'lit-rlvr[vllm]' "
-            f"'vllm{SUPPORTED}'; with vLLM in an environment of its own, use VLLMColocatedEngine"
+            f"'vllm{SUPPORTED}'; with vLLM in an environment of its own, use VLLMColocatedEngine; without vLLM, "
+            "--config configs/engine/in_process.yaml"
         ) from error
     if not SUPPORTED.contains(vllm.__version__, prereleases=True):
         raise ValueError(f"this environment has vLLM {vllm.__version__}, and only versions {SUPPORTED} are supported")
@@ -83,7 +84,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         if name in SPREAD and value != 1:
             raise ValueError(
                 f"engine.options has {name}: {value}, but VLLMInProcessEngine has a whole model on every rank's "
-                "device; for a model that takes several, use VLLMServerEngine"
+                "device; for a model that takes several, use VLLMColocatedEngine with devices_per_server"
             )
 
 
@@ -148,7 +149,7 @@ class LocalVLLM:
         self.llm.sleep(level=level)
 
     def wake(self, what: str) -> None:
-        """Take memory back: ``weights`` or ``kv_cache``."""
+        """Take memory back: ``weights`` or ``kv_cache``. First vLLM empties this process's cache, training's too."""
         self.llm.wake_up(tags=[what])
 
     def sample(self, prompts: Sequence[Sequence[int]], parameters: Sequence[dict[str, Any]]) -> Generation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_rlvr.engines.background import Background
 from lit_rlvr.engines.vllm_client import VLLMClient
 from lit_rlvr.policy import Policy
-from lit_rlvr.reduce import Reduce
-from lit_rlvr.reduce import on_every_rank as on_every_rank
+from lit_rlvr.reduce import Reduce, on_every_rank
 from lit_rlvr.weights import named_weights
 
 
@@ -29,17 +29,17 @@ def push_weights(
     part_bytes: int,
     reduce: Reduce,
 ) -> None:
-    """Replace the servers' weights by the policy's. Every rank calls it, and rank 0 sends.
+    """Replace the servers' weights by the policy's. Every rank calls it, and those with servers to look after send.
 
     Weights go part by part: one is loaded by all servers before the next is sent, so that neither side ever holds more
     than ``part_bytes`` (or the largest weight) beside its own copy.
 
     Args:
         policy: The policy.
-        servers: Where to.
+        servers: Those that this rank looks after; none: others send.
         version: The new weights' name, which the servers give with every response.
         dtype: What matrices are rounded to before they are sent: the servers' own dtype, so nothing else is lost.
-        road: Opens the road that parts take; rank 0 does.
+        road: Opens the road that parts take.
         part_bytes: Size of a part from which it is sent.
         reduce: Reaches the other ranks.
 
@@ -55,7 +55,7 @@ def push_weights(
         everywhere(servers, lambda server: server.use_weights(version))
 
     weights = named_weights(policy)
-    on_first_rank(send, reduce, meanwhile=weights)
+    on_every_rank(send if servers else lambda: None, reduce, meanwhile=weights)
 
 
 class Road(ABC):
@@ -70,6 +70,9 @@ class Road(ABC):
             part: Weights by name.
         """
 
+    def close(self) -> None:  # noqa: B027
+        """No more will be sent."""
+
 
 class FileRoad(Road):
     """Files, which are deleted as soon as they are loaded.
@@ -80,7 +83,7 @@ class FileRoad(Road):
     """
 
     def __init__(self, servers: Sequence[VLLMClient], folder: Path) -> None:
-        self.servers, self.folder = servers, folder
+        self.servers, self.folder = servers, folder.absolute()  # a server may have been started elsewhere
 
     def send(self, number: int, part: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,18 +114,12 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def everywhere(servers: Sequence[VLLMClient], do: Callable[[VLLMClient], Any]) -> None:
-    """Do something on all servers at a time; the first failure is raised once all have ended."""
-    with ThreadPoolExecutor(max(1, len(servers))) as pool:
-        for done in [pool.submit(do, server) for server in servers]:
-            done.result()
+    """Do something on all servers at a time; the first failure is raised at once, whatever the others are at."""
+    with Background(len(servers)) as threads:
+        raise_first(as_completed([threads.submit(do, server) for server in servers]))
 
 
-def on_first_rank(do: Callable[[], Any], reduce: Reduce, meanwhile: Iterable[Any] = ()) -> None:
-    """Do something on rank 0 and wait for it on all; its failure is raised on every rank, so that none waits for ever.
-
-    Args:
-        do: What rank 0 does.
-        reduce: Reaches the other ranks.
-        meanwhile: What the others go through at the same time, and rank 0 what it has left of it.
-    """
-    on_every_rank(do if reduce.rank == 0 else lambda: None, reduce, meanwhile)
+def raise_first(done: Iterable[Future[Any]]) -> None:
+    """Raise what one of them ended with, if it is a failure."""
+    for call in done:
+        call.result()

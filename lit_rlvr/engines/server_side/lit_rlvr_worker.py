@@ -21,7 +21,7 @@ from torch import Tensor
 dist: Any = torch.distributed
 """Its annotations leave some of its classes out."""
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised whenever the methods below change; the trainer refuses a server with another number."""
 
 BROADCAST_SECONDS = 300.0
@@ -49,7 +49,7 @@ class WeightReceiver:
         worker: Any = self
         config = worker.vllm_config.model_config
         sizes = {"vocabulary": config.get_vocab_size(), "hidden": config.get_hidden_size()}
-        return {**sizes, "protocol": PROTOCOL}
+        return {**sizes, "protocol": PROTOCOL, "nccl": nccl_version()}
 
     def lit_rlvr_join(self, host: str, port: int, first: int, **options: Any) -> dict[str, Any]:
         """Join the trainer and all workers in a group, in which weights are broadcast.
@@ -61,6 +61,8 @@ class WeightReceiver:
             options: ``size``, ``backend`` and ``seconds`` of :class:`Group`.
         """
         worker: Any = self
+        if self._lit_rlvr_group is not None:
+            self._lit_rlvr_group.leave()
         self._lit_rlvr_group = None
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=options["seconds"]))
         self._lit_rlvr_group = Group(
@@ -211,6 +213,21 @@ class Group:
     def broadcast(self, buffer: Tensor) -> Any:
         """Begin to fill all members' buffers with that of rank 0; the result's ``wait()`` ends it."""
         return self._group.broadcast(buffer, 0)
+
+    def leave(self) -> None:
+        """Give up what is under way, which others may never take part in, and close all connections."""
+        if self.device.type == "cuda":  # gloo's are closed as soon as nobody holds the group
+            self._group.abort()
+        self._group = None
+
+
+def nccl_version() -> list[int] | None:
+    """NCCL's version, or None without GPUs; all members of a group need the same."""
+    if not torch.cuda.is_available() or not dist.is_nccl_available():
+        return None
+    from torch.cuda import nccl
+
+    return list(nccl.version())
 
 
 def own_address(other: str) -> str:
