@@ -227,7 +227,7 @@ def warning_line(phase: float) -> str:
     seconds = 100 * math.ceil(1.25 * phase / 100)
     if seconds > LONGEST_WARNING:
         return (
-            f"told to stop, a run ends its phase first: SLURM warns at most {LONGEST_WARNING} s before, too late here"
+            f"told to stop, a run ends its phase first: SLURM warns {LONGEST_WARNING} s before at most, too late here"
         )
     return (
         f"told to stop, a run ends its phase first: have the scheduler warn it {seconds} s before, as by "

@@ -284,7 +284,7 @@ def test_a_failure_on_one_rank_is_raised_on_all(install: Any) -> None:
             own.sync(make_policy(), 1, reduce)
         return repr(raised.value)
 
-    assert run_ranks(2, act) == ["RuntimeError('no room')", "ValueError('no room')"]
+    assert run_ranks(2, act) == ["RuntimeError('on rank 1: no room')", "ValueError('no room')"]
     assert next(taken[0], None) is None
     engine.close()
 

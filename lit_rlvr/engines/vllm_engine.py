@@ -26,7 +26,7 @@ from lit_rlvr.engines.vllm_client import Served, VLLMClient
 from lit_rlvr.engines.vllm_push import Road, everywhere, push_weights, raise_first
 from lit_rlvr.engines.vllm_responses import request, to_generation
 from lit_rlvr.policy import Policy
-from lit_rlvr.reduce import LocalReduce, Reduce
+from lit_rlvr.reduce import LocalReduce, Reduce, on_every_rank
 
 log = logging.getLogger(__name__)
 
