@@ -39,10 +39,10 @@ class InProcessEngine(Engine):
         pack_weights: On an x86 CPU in float32, decode with copies of the linear layers' weights in an order that
             multiplies faster. They take as much memory as the weights, until the rollout is over.
         graphs: Capture decoding steps as CUDA graphs, which saves launching hundreds of kernels per token. Keys and
-            values then get room for 256 tokens more at a time, not 64, but never for more than rows can take. Null: on
-            a CUDA device, where the model allows it: not with sliding windows, a dynamic rotary embedding, or weights
-            that are spread over devices. Each rollout compares a step with the same step without graphs, and goes on
-            without them if they differ.
+            values then get room for 256 tokens more at a time, not 64, and for as many more than the longest row needs,
+            or an eighth. Null: on a CUDA device, where the model allows it: not with sliding windows, a dynamic rotary
+            embedding, or weights that are spread over devices. Each rollout compares a step with the same step without
+            graphs, and goes on without them if they differ.
 
     Raises:
         ValueError: For ``max_rows`` below 1.

@@ -7,6 +7,7 @@ slot of a row that has finished is taken by the last row, and then by a waiting 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 SPARE = 64
 """Columns that storage grows by at the least; otherwise by a quarter of what it has."""
+FREED = 8
+"""Columns in use move to the front where that frees an eighth of their number, and never fewer than can be spared."""
+PARTS = 8
+"""Slots move in so many parts, one after the other: each is copied on its way."""
 ALIGNED = 16
 """Its columns are a multiple of this: kernels on a GPU copy a mask that is not aligned."""
 
@@ -30,13 +35,14 @@ class SlotLayer(CacheLayerMixin):
         slots: Most rows at a time.
         window: Tokens that attention reaches back, the current one included; None for all. No more are kept.
         spare: Columns that storage grows by at the least.
-        most: Columns that rows take which begin together: before more are needed, storage has no more.
+        most: Columns of the longest row possible: while rows that begin together need no more, storage has no more, and
+            never more than :func:`widest`.
     """
 
-    def __init__(self, slots: int, window: int | None = None, spare: int = SPARE, most: int = 0) -> None:
+    def __init__(self, slots: int, window: int | None = None, spare: int = SPARE, most: int = sys.maxsize) -> None:
         super().__init__()
         self.slots, self.window, self.is_sliding = slots, window, window is not None
-        self.spare, self.most = spare, most
+        self.spare, self.most = spare, most if window is None else min(most, window)
         self.rows, self.low, self.high = 0, 0, 0
         self.length = 0
         """Tokens of the longest row, those before its window included."""
@@ -117,19 +123,19 @@ class SlotLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def _make_room(self, columns: int) -> None:
-        """Have ``columns`` free columns after the last: move to the front where half is unused there, or grow."""
-        now = self.storage[0].shape[2]
-        if self.high + columns > now:
-            if self.low >= max(now // 2, columns):
-                self._move(self.high - self.low)
+        """Have ``columns`` free columns after the last: move to the front, or grow where that would free too few."""
+        if self.high + columns > self.storage[0].shape[2]:
+            kept = self.high - self.low
+            if self.low >= max(columns, freed(kept, self.spare)):
+                self._move(kept)
             else:
                 self._grow(self.high + columns)
 
     def _grow(self, columns: int) -> None:
         """Have at least so many columns, and some to spare. Zeros, because a masked column times NaN would be NaN."""
         wide = columns + max(self.spare, self.storage[0].shape[2] // 4)
-        wide = min(wide, self.most) if columns <= self.most else wide
-        wide = -(-wide // ALIGNED) * ALIGNED
+        limits = (self.most, widest(self.most, self.spare))
+        wide = aligned(min([wide, *(limit for limit in limits if limit >= columns)]))
         used = (slice(self.rows), slice(None), slice(self.low, self.high))
         for name, old in zip(("keys", "values"), self.storage, strict=True):
             new = old.new_zeros(*old.shape[:2], wide, old.shape[3])
@@ -137,12 +143,12 @@ class SlotLayer(CacheLayerMixin):
             setattr(self, name, new)
 
     def _move(self, high: int) -> None:
-        """Let the columns in use end at ``high``."""
+        """Let the columns in use end at ``high``; the storage stays where it is, as captured graphs know it."""
         kept = self.high - self.low
-        if kept:
+        if kept and self.rows:
             for storage in self.storage:
-                used = storage[: self.rows, :, self.low : self.high].clone()
-                storage[: self.rows, :, high - kept : high] = used
+                for part in storage[: self.rows].split(-(-self.rows // PARTS)):
+                    part[:, :, high - kept : high] = part[:, :, self.low : self.high].clone()
         self.low, self.high = high - kept, high
 
 
@@ -194,10 +200,10 @@ class SlotCache(Cache):
         windows: The window of each layer; see :func:`windows`.
         slots: Most rows at a time.
         spare: Columns that storage grows by at the least.
-        most: Columns that rows take which begin together.
+        most: Columns of the longest row possible.
     """
 
-    def __init__(self, windows: list[int | None], slots: int, spare: int = SPARE, most: int = 0) -> None:
+    def __init__(self, windows: list[int | None], slots: int, spare: int = SPARE, most: int = sys.maxsize) -> None:
         self.slots: list[SlotLayer] = [SlotLayer(slots, window, spare, most) for window in windows]
         super().__init__(layers=list(self.slots))
 
@@ -224,6 +230,21 @@ class SlotCache(Cache):
             if len(holes):
                 layer.keep(holes, movers)
             layer.use(rows, length)
+
+
+def freed(kept: int, spare: int) -> int:
+    """Columns that a move of so many has to free, so that the columns written until the next one pay for it."""
+    return max(spare, kept // FREED)
+
+
+def widest(most: int, spare: int) -> int:
+    """Columns that a layer's storage never exceeds whose longest row takes ``most``: it grows no more than it must."""
+    return aligned(most + freed(most, spare))
+
+
+def aligned(columns: int) -> int:
+    """At least so many, and a multiple of :data:`ALIGNED`."""
+    return -(-columns // ALIGNED) * ALIGNED
 
 
 def _kept_dtype(states: Tensor) -> torch.dtype:
