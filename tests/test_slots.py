@@ -47,12 +47,12 @@ class Rows:
         prompts = DynamicCache()
         layer = DynamicLayer()
         width = max(row.shape[1] for row in new)
-        keys = torch.stack([torch.nn.functional.pad(row, (0, 0, width - row.shape[1], 0), value=9.0) for row in new])
-        keys = keys if self.window is None else keys[:, :, -(self.window - 1) :]
+        keys = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, width - row.shape[1]), value=9.0) for row in new])
         layer.update(keys, -keys)
         prompts.layers = [layer]
         self.held += new
-        self.cache.admit(prompts, torch.arange(len(new)), self.longest)
+        tokens = torch.tensor([row.shape[1] for row in new])
+        self.cache.admit(prompts, torch.arange(len(new)), tokens, self.longest)
 
     def step(self) -> None:
         """A token for every row; those that are as long as any may be leave before."""

@@ -1,17 +1,15 @@
-"""What every way of decoding in this process shares: prompts on the left, drawing a token, and when a response ends."""
+"""What every way of decoding in this process shares: drawing a token, and when a response ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from lit_rlvr.engines.base import Generation, Sampling
 from lit_rlvr.engines.sampler import Drawn, draw_named
-from lit_rlvr.policy import Policy
 
 
 class Output:
@@ -77,19 +75,3 @@ class Output:
         width = int(self.lengths.max()) if len(self.lengths) else 0
         mask = torch.arange(width, device=self.ids.device)[None, :] < self.lengths[:, None]
         return Generation(self.ids[:, :width], mask, self.logprobs[:, :width], self.entropies[:, :width], ~self.stopped)
-
-
-def prefill(policy: Policy, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, DynamicCache]:
-    """Run prompts through the policy.
-
-    Returns:
-        Next-token logits [G, V], the mask of the prompts, which are padded on the left [G, P], and their cache.
-    """
-    width, device = max(len(p) for p in prompts), policy.device
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    mask = torch.arange(width, device=device)[None, :] >= width - lengths[:, None]
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=policy.hf.config)
-    padded = min(len(p) for p in prompts) < width
-    return policy.next_logits(ids, mask if padded else None, positions, cache), mask, cache

@@ -74,23 +74,26 @@ class SlotLayer(CacheLayerMixin):
         self.use(self.rows, self.length + columns)
         return first
 
-    def admit(self, prompts: CacheLayerMixin, index: Tensor, length: int) -> None:
-        """Put the rows ``index`` [n] of a prefilled layer, which are padded on the left, behind those in use.
+    def admit(self, prompts: CacheLayerMixin, index: Tensor, tokens: Tensor, length: int) -> None:
+        """Put the rows ``index`` [n] of a prefilled layer, each with so many ``tokens`` [n], behind those in use.
 
-        The longest of all then holds ``length`` tokens: fewer than ``prompts`` is wide, where only short ones are left.
+        There they are padded on the right, here on the left. The longest of all then holds ``length`` tokens: fewer
+        than ``prompts`` is wide, where only short ones are left.
         """
         assert prompts.keys is not None
         assert prompts.values is not None
         if not self.is_initialized:
             self.lazy_initialization(prompts.keys, prompts.values)
         rows, width = self.rows + len(index), prompts.keys.shape[2]
+        width = width if self.window is None else min(width, self.window - 1)
         if self.high < width:
             if width > self.storage[0].shape[2]:
                 self._grow(width)
             self._move(width)
         place = (slice(self.rows, rows), slice(None), slice(self.high - width, self.high))
+        columns = (tokens[:, None] - width + torch.arange(width, device=tokens.device)).clamp_(min=0)
         for storage, theirs in zip(self.storage, (prompts.keys, prompts.values), strict=True):
-            storage[place] = theirs[index]
+            storage[place] = theirs[index[:, None], :, columns].transpose(1, 2)
         self.use(rows, length)
 
     def keep(self, holes: Tensor, movers: Tensor) -> None:
@@ -218,11 +221,11 @@ class SlotCache(Cache):
         (width,) = {layer.storage[0].shape[2] for layer in self.slots}
         return width
 
-    def admit(self, prompts: DynamicCache, index: Tensor, length: int) -> None:
-        """Add rows ``index`` [n] of prefilled prompts, padded on the left; the longest of all is then ``length``."""
+    def admit(self, prompts: Cache, index: Tensor, tokens: Tensor, length: int) -> None:
+        """Add rows ``index`` [n], of so many ``tokens`` [n], of prefilled prompts; the longest of all is ``length``."""
         for mine, theirs in zip(self.slots, prompts.layers, strict=True):
             assert isinstance(theirs, CacheLayerMixin)
-            mine.admit(theirs, index, length)
+            mine.admit(theirs, index, tokens, length)
 
     def keep(self, holes: Tensor, movers: Tensor, rows: int, length: int) -> None:
         """Move slots ``movers`` [m] to ``holes`` [m]; use the first ``rows`` from now on, the longest of ``length``."""
