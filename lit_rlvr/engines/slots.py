@@ -49,9 +49,7 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (
-            torch.empty(
-                self.slots, states.shape[1], 0, states.shape[3], dtype=_kept_dtype(states), device=states.device
-            )
+            torch.empty(self.slots, states.shape[1], 0, states.shape[3], dtype=kept_dtype(states), device=states.device)
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -250,7 +248,7 @@ def aligned(columns: int) -> int:
     return -(-columns // ALIGNED) * ALIGNED
 
 
-def _kept_dtype(states: Tensor) -> torch.dtype:
+def kept_dtype(states: Tensor) -> torch.dtype:
     """Under autocast attention rounds float32 to its dtype, so what is kept is rounded once, not for every token."""
     kind = states.device.type
     narrow = states.dtype == torch.float32 and torch.is_autocast_enabled(kind)
