@@ -113,7 +113,7 @@ class InProcessEngine(Engine):
             Scheduler(policy, reach, prompts, samples, rows, out, recorder).run()
 
     def _rows_that_fit(self, device: torch.device, wanted: int, needs: Callable[[], room.Needs]) -> int:
-        """As many as are wanted, or fit into memory; what is decoded together changes no response."""
+        """As many as are wanted, or fit into memory; random numbers do not depend on what is decoded together."""
         free = room.free_memory(device)
         if free is None:
             return wanted
