@@ -85,15 +85,18 @@ class Policy(nn.Module):
             return chunked_logprobs(picked, head.weight, targets, **options)
         return selected_loss(picked, head.weight, targets, token_loss, **options)
 
-    def next_logits(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+    def next_logits(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, last: Tensor | None = None
+    ) -> Tensor:
         """Logits [N, V] (before temperature) of the token after ``ids``, extending ``cache`` in place.
 
         Args:
-            ids: New tokens [N, S]; left-padded in a prefill.
+            ids: New tokens [N, S].
             mask: True on real tokens of cache and ``ids`` together [N, total], or None where all are real. Or what is
                 added to the attention's scores [N, 1, S, total].
             positions: Position of each new token [N, S].
             cache: A transformers ``Cache``.
+            last: Place of each row's last token among the new ones [N]; None: at the end of all.
         """
         out = self.hf.base_model(
             input_ids=ids,
@@ -102,7 +105,9 @@ class Policy(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        return self.transform(head_logits(self.hf.get_output_embeddings(), out.last_hidden_state[:, -1]))
+        hidden: Tensor = out.last_hidden_state
+        ends = hidden[:, -1] if last is None else hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return self.transform(head_logits(self.hf.get_output_embeddings(), ends))
 
     def _at(self, temperature: float) -> LogitTransform:
         return LogitTransform(self.transform.scale, self.transform.softcap, temperature)

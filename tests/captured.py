@@ -11,8 +11,9 @@ from test_scheduler import LONG, PROMPTS, SAMPLES, adapted, make_policy, output
 from torch import Tensor
 
 from lit_rlvr.engines import Generation
-from lit_rlvr.engines.decoding import Output, prefill
+from lit_rlvr.engines.decoding import Output
 from lit_rlvr.engines.graph_steps import StepGraphs
+from lit_rlvr.engines.prefill import prefill
 from lit_rlvr.engines.scheduler import Scheduler
 from lit_rlvr.engines.slots import SlotCache, windows
 from lit_rlvr.policy import Policy
@@ -58,9 +59,9 @@ def schedule(
 def step(policy: Policy, captured: bool, columns: int = 5, recorder: Any = TapeRecorder) -> Tensor:
     """Logits of the last of a few steps on given tokens, after ragged prompts."""
     token = torch.arange(2, 2 + len(PROMPTS))
-    logits, mask, prompts = prefill(policy, PROMPTS)
-    cache, position = SlotCache([None, None], len(PROMPTS)), mask.sum(-1)
-    cache.admit(prompts, torch.arange(len(PROMPTS)), mask.shape[1])
+    logits, prompts = prefill(policy, PROMPTS, 2)
+    cache, position = SlotCache([None, None], len(PROMPTS)), torch.tensor([len(prompt) for prompt in PROMPTS])
+    cache.admit(prompts, torch.arange(len(PROMPTS)), position, int(position.max()))
     steps = StepGraphs(policy, cache, logits, recorder)
     for _ in range(columns):
         if captured:

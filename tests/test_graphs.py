@@ -16,10 +16,11 @@ from tiny_models import CONTEXT, random_prompts
 from transformers import Cache
 
 from lit_rlvr.engines import Sampling, graphs, in_process
-from lit_rlvr.engines.decoding import Output, prefill
+from lit_rlvr.engines.decoding import Output
 from lit_rlvr.engines.graph_draws import DrawGraphs
 from lit_rlvr.engines.graph_steps import StepGraphs
 from lit_rlvr.engines.graphs import bucket
+from lit_rlvr.engines.prefill import prefill
 from lit_rlvr.engines.sampler import draw_named
 from lit_rlvr.engines.scheduler import Scheduler
 from lit_rlvr.engines.slots import SlotCache, WholeLayer
@@ -90,9 +91,9 @@ def test_rows_out_of_use_stay_finite_and_touch_nothing() -> None:
     """A graph of 4 rows for 3, after a move to the left of what was left behind: slots in use keep what they hold."""
     policy = make_policy()
     with torch.no_grad():
-        logits, _, prompts = prefill(policy, [PROMPTS[2]] * 4)
+        logits, prompts = prefill(policy, [PROMPTS[2]] * 4, 2)
         cache = SlotCache([None, None], 4)
-        cache.admit(prompts, torch.arange(4), 9)
+        cache.admit(prompts, torch.arange(4), torch.full((4,), 9), 9)
         steps = StepGraphs(policy, cache, logits, TapeRecorder)
         token, position = torch.tensor([5, 6, 7, 8]), torch.full((4,), 9)
         steps.next_logits(token, position)

@@ -11,11 +11,11 @@ from tiny_models import CONTEXT, EOS, FAMILIES, build, char_tokenizer, random_pr
 from torch.testing import assert_close
 from transformers import BambaConfig, GPT2Config, Llama4TextConfig, LlamaConfig, MistralConfig
 
-from lit_rlvr.engines import Generation, InProcessEngine, Sampling, in_process, plain
+from lit_rlvr.engines import Generation, InProcessEngine, Sampling, in_process, plain, prefill
 from lit_rlvr.engines.decoding import Output
 from lit_rlvr.engines.in_process import end_tokens
 from lit_rlvr.engines.scheduler import Scheduler
-from lit_rlvr.engines.slots import SPARE, SlotCache, windows
+from lit_rlvr.engines.slots import SPARE, SlotCache, widest, windows
 from lit_rlvr.lora import LoRA, add_adapters
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import LocalReduce
@@ -140,10 +140,10 @@ def passes(policy: Policy, run: Callable[[], Any]) -> list[int]:
     rows: list[int] = []
     next_logits = policy.next_logits
 
-    def record(ids: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+    def record(ids: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any, *last: Any) -> torch.Tensor:
         if cache.get_seq_length():
             rows.append(len(ids))
-        return next_logits(ids, mask, positions, cache)
+        return next_logits(ids, mask, positions, cache, *last)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "next_logits", record)
@@ -171,19 +171,45 @@ def test_no_mask_where_rows_are_equally_long(
     policy, masks, prefilled = make_policy(eos_token_id=EOS), [], []
     plain_call = policy.next_logits
 
-    def record(ids: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+    def record(ids: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any, *last: Any) -> torch.Tensor:
         if isinstance(cache, SlotCache):
             masks.append(mask is not None)
         else:
             assert mask is None
             prefilled.extend(ids.tolist())
-        return plain_call(ids, mask, positions, cache)
+        return plain_call(ids, mask, positions, cache, *last)
 
     monkeypatch.setattr(policy, "next_logits", record)
     uid = torch.tensor([(0, draw, sample) for draw in range(3) for sample in range(5)])
     InProcessEngine(64).generate(policy, TOKENIZER, prompts, uid, Sampling(max_new_tokens=6, top_k=2), 7)
     assert masks[0] == masked
     assert sorted(prefilled) == sorted(prompts)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    ("most", "apart"),
+    [(4, [1] * 7), (16, [1, 1, 2, 1, 1, 1]), (24, [2, 2, 1, 1, 1]), (prefill.TOKENS, [2, 2, 1, 1, 1])],
+)
+def test_prompts_are_prefilled_as_far_as_tokens_fit(
+    family: str, most: int, apart: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At least one at a time, longer ones first, and never with a mask; the responses are the same."""
+    policy, shapes = make_policy(family), []
+    wanted = plainly(policy, LONG)
+    plain_call = policy.next_logits
+
+    def record(ids: torch.Tensor, mask: Any, positions: torch.Tensor, cache: Any, *last: Any) -> torch.Tensor:
+        if not isinstance(cache, SlotCache):
+            assert mask is None
+            shapes.append(tuple(ids.shape))
+        return plain_call(ids, mask, positions, cache, *last)
+
+    monkeypatch.setattr(prefill, "TOKENS", most)
+    monkeypatch.setattr(policy, "next_logits", record)
+    same(generate(policy, LONG), wanted)
+    assert [rows for rows, _ in shapes] == apart
+    assert all(rows == 1 or rows * width <= most for rows, width in shapes)
 
 
 def test_a_group_larger_than_the_batch_is_prefilled_once() -> None:
@@ -211,10 +237,8 @@ def test_storage_does_not_grow_with_the_queue() -> None:
     with torch.no_grad():
         scheduler.run()
     assert out.steps > 5 * CONTEXT
-    for layer in scheduler.cache.slots:
-        assert layer.keys is not None
-        assert layer.keys.shape[0] == 3
-        assert layer.keys.shape[2] <= 2 * CONTEXT + SPARE
+    assert scheduler.cache.width <= widest(9 + 40, SPARE)
+    assert {len(layer.storage[0]) for layer in scheduler.cache.slots} == {3}
 
 
 @pytest.mark.parametrize("window", [None, 5])

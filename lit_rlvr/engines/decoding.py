@@ -1,17 +1,16 @@
-"""What every way of decoding in this process shares: prompts on the left, drawing a token, and when a response ends."""
+"""What every way of decoding in this process shares: drawing a token, and when a response ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from lit_rlvr.engines.base import Generation, Sampling
 from lit_rlvr.engines.sampler import Drawn, draw_named
-from lit_rlvr.policy import Policy
+from lit_rlvr.engines.stop_strings import StopStrings
 
 
 class Output:
@@ -27,7 +26,8 @@ class Output:
 
     def __init__(self, tokenizer: Any, ends: Tensor, uid: Tensor, sampling: Sampling, seed: int) -> None:
         rows, width, device = len(uid), sampling.max_new_tokens, uid.device
-        self.tokenizer, self.uid, self.sampling, self.seed = tokenizer, uid, sampling, seed
+        self.uid, self.sampling, self.seed = uid, sampling, seed
+        self.strings = StopStrings(tokenizer, sampling.stop) if sampling.stop else None
         self.ends = ends.to(device)
         self.ids = torch.zeros(rows, width, dtype=torch.int64, device=device)
         self.logprobs, self.entropies = (torch.zeros(rows, width, device=device) for _ in range(2))
@@ -54,42 +54,22 @@ class Output:
         self.ids[rows, step], self.logprobs[rows, step], self.entropies[rows, step] = token, logprob, entropy
         self.lengths[rows] = step + 1
         stopped = torch.isin(token, self.ends)
-        if self.sampling.stop:
-            stopped = stopped | self._hit_stop_string(rows)
         self.stopped[rows] = stopped
         self.steps, self.drawn = self.steps + 1, self.drawn + len(rows)
-        done, fine = torch.stack([stopped | (step + 1 == self.sampling.max_new_tokens), finite]).tolist()
+        facts = [stopped | (step + 1 == self.sampling.max_new_tokens), finite]
+        if self.strings is None:
+            done, fine = torch.stack(facts).tolist()
+        else:
+            ended, fine, tokens, names = torch.stack([*(fact.to(rows) for fact in facts), token, rows]).tolist()
+            done = [end or hit for end, hit in zip(map(bool, ended), self.strings.hit(names, tokens), strict=True)]
         if not all(fine):
             raise FloatingPointError("the policy's logits contain NaN or infinity; the weights have diverged")
         return token, done
 
-    def _hit_stop_string(self, rows: Tensor) -> Tensor:
-        """Whether the text's end contains a stop string [n]; the window has room for four tokens per character."""
-        stop = self.sampling.stop
-        window = 4 * max(len(s) for s in stop) + 4
-        first = (self.lengths[rows].min() - window).clamp(min=0)
-        ids, lengths = self.ids[rows, int(first) :].tolist(), (self.lengths[rows] - first).tolist()
-        texts = self.tokenizer.batch_decode([row[max(0, n - window) : n] for row, n in zip(ids, lengths, strict=True)])
-        return torch.tensor([any(s in text for s in stop) for text in texts], device=rows.device)
-
     def finish(self) -> Generation:
         """Everything that was drawn."""
+        if self.strings is not None:
+            self.stopped[torch.tensor(self.strings.rows, dtype=torch.int64, device=self.ids.device)] = True
         width = int(self.lengths.max()) if len(self.lengths) else 0
         mask = torch.arange(width, device=self.ids.device)[None, :] < self.lengths[:, None]
         return Generation(self.ids[:, :width], mask, self.logprobs[:, :width], self.entropies[:, :width], ~self.stopped)
-
-
-def prefill(policy: Policy, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, DynamicCache]:
-    """Run prompts through the policy.
-
-    Returns:
-        Next-token logits [G, V], the mask of the prompts, which are padded on the left [G, P], and their cache.
-    """
-    width, device = max(len(p) for p in prompts), policy.device
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    mask = torch.arange(width, device=device)[None, :] >= width - lengths[:, None]
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=policy.hf.config)
-    padded = min(len(p) for p in prompts) < width
-    return policy.next_logits(ids, mask if padded else None, positions, cache), mask, cache

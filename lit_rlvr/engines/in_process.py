@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -10,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_rlvr.engines import plain
+from lit_rlvr.engines import graphs, plain, room
 from lit_rlvr.engines.base import Engine, Generation, Sampling, check_context
 from lit_rlvr.engines.capture import CudaRecorder, Recorder
 from lit_rlvr.engines.decoding import Output
 from lit_rlvr.engines.graphs import why_not
 from lit_rlvr.engines.narrow import narrowed_linears
 from lit_rlvr.engines.scheduler import Scheduler
-from lit_rlvr.engines.slots import windows
+from lit_rlvr.engines.slots import SPARE, windows
 from lit_rlvr.engines.unrecorded import unrecorded
 from lit_rlvr.matmul import packed_linears
 from lit_rlvr.policy import Policy
 from lit_rlvr.reduce import Reduce
 from lit_rlvr.sharding import gathered
+
+log = logging.getLogger(__name__)
 
 
 class InProcessEngine(Engine):
@@ -35,14 +38,15 @@ class InProcessEngine(Engine):
     transformers' own cache.
 
     Args:
-        max_rows: Most responses decoded at a time; bounds the memory of the key-value cache.
+        max_rows: Most responses decoded at a time; bounds the memory of the key-value cache. On a CUDA device they are
+            fewer where the memory that is free has no room for so many of the longest possible length.
         pack_weights: On an x86 CPU in float32, decode with copies of the linear layers' weights in an order that
             multiplies faster. They take as much memory as the weights, until the rollout is over.
         graphs: Capture decoding steps as CUDA graphs, which saves launching hundreds of kernels per token. Keys and
-            values then get room for 256 tokens more at a time, not 64, but never for more than rows can take. Null: on
-            a CUDA device, where the model allows it: not with sliding windows, a dynamic rotary embedding, or weights
-            that are spread over devices. Each rollout compares a step with the same step without graphs, and goes on
-            without them if they differ.
+            values then get room for 256 tokens more at a time, not 64, and for as many more than the longest row needs,
+            or an eighth. Null: on a CUDA device, where the model allows it: not with sliding windows, a dynamic rotary
+            embedding, or weights that are spread over devices. Each rollout compares a step with the same step without
+            graphs, and goes on without them if they differ.
 
     Raises:
         ValueError: For ``max_rows`` below 1.
@@ -55,6 +59,8 @@ class InProcessEngine(Engine):
             raise ValueError(f"engine.max_rows must be at least 1, got {max_rows}")
         self.max_rows, self.pack_weights, self.graphs = max_rows, pack_weights, graphs
         self._steps, self._rows = 0, 0
+        self._said = False
+        """Whether it has been said that fewer rows fit."""
 
     def exact(self, precision: str) -> bool:
         return precision in ("32-true", "32", "64-true", "64")
@@ -99,10 +105,30 @@ class InProcessEngine(Engine):
     def _decode(self, policy: Policy, prompts: Sequence[Sequence[int]], samples: int, out: Output) -> None:
         reach = windows(policy.hf.config)
         recorder = self._recorder(policy, reach)
+        spare = SPARE if recorder is None else graphs.SPARE
+        new = out.sampling.max_new_tokens
+        needs = partial(room.needs, policy, prompts, samples, new, spare, reach is not None)
+        rows = self._rows_that_fit(policy.device, min(self.max_rows, samples * len(prompts)), needs)
         if reach is None:
-            plain.decode(policy, prompts, samples, self.max_rows, out)
+            plain.decode(policy, prompts, samples, rows, out)
         else:
-            Scheduler(policy, reach, prompts, samples, self.max_rows, out, recorder).run()
+            Scheduler(policy, reach, prompts, samples, rows, out, recorder).run()
+
+    def _rows_that_fit(self, device: torch.device, wanted: int, needs: Callable[[], room.Needs]) -> int:
+        """As many as are wanted, or fit into memory; random numbers do not depend on what is decoded together."""
+        free = room.free_memory(device)
+        if free is None:
+            return wanted
+        needed = needs()
+        fitting = needed.rows(free)
+        if fitting < wanted and not self._said:
+            log.warning(
+                "%d rows at a time fit into the free memory of %s, not %d: the longest may take "
+                "%.2f GiB, and %.1f GiB are free",
+                fitting, device, wanted, needed.row / 2**30, free / 2**30,
+            )  # fmt: skip
+            self._said = True
+        return min(wanted, fitting)
 
     def _recorder(self, policy: Policy, reach: list[int | None] | None) -> Callable[[str], Recorder] | None:
         """Makes what captures steps; None: they are not captured."""

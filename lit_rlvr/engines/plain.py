@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from lit_rlvr.engines.decoding import Output, prefill
+from lit_rlvr.engines.decoding import Output
 from lit_rlvr.policy import Policy
 
 
@@ -25,7 +26,7 @@ def decode(policy: Policy, prompts: Sequence[Sequence[int]], samples: int, max_r
 def _decode_batch(policy: Policy, prompts: Sequence[Sequence[int]], rows: Tensor, out: Output) -> None:
     """Prefill ``prompts``, repeat them over their output ``rows``, side by side, and decode until all have stopped."""
     samples = len(rows) // len(prompts)
-    logits, mask, cache = prefill(policy, prompts)
+    logits, mask, cache = _prefill(policy, prompts)
     padded = not bool(mask.all())
     cache.batch_repeat_interleave(samples)
     logits, mask = (t.repeat_interleave(samples, 0) for t in (logits, mask))
@@ -41,3 +42,19 @@ def _decode_batch(policy: Policy, prompts: Sequence[Sequence[int]], rows: Tensor
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         logits = policy.next_logits(token[:, None], mask if padded else None, position[:, None], cache)
         position = position + 1
+
+
+def _prefill(policy: Policy, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, DynamicCache]:
+    """Run prompts through the policy, on the left of what follows: layers may keep a state that padding would change.
+
+    Returns:
+        Next-token logits [G, V], the mask of the prompts, which are padded on the left [G, P], and their cache.
+    """
+    width, device = max(len(p) for p in prompts), policy.device
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    mask = torch.arange(width, device=device)[None, :] >= width - lengths[:, None]
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=policy.hf.config)
+    padded = min(len(p) for p in prompts) < width
+    return policy.next_logits(ids, mask if padded else None, positions, cache), mask, cache

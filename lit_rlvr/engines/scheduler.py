@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 
-from lit_rlvr.engines import graphs, whole
+from lit_rlvr.engines import graphs, prefill, whole
 from lit_rlvr.engines.capture import Recorder
-from lit_rlvr.engines.decoding import Output, prefill
+from lit_rlvr.engines.decoding import Output
 from lit_rlvr.engines.graph_draws import DrawGraphs
 from lit_rlvr.engines.graph_steps import StepGraphs
 from lit_rlvr.engines.slots import SPARE, SlotCache
@@ -30,13 +30,13 @@ class _Prefilled:
     Args:
         logits: What each prompt's first token is drawn from [G, V].
         lengths: Tokens of each prompt.
-        cache: Keys and values, padded on the left.
+        cache: Keys and values, padded on the right.
         waiting: (prompt among the G, row of the output) of those that have not begun.
     """
 
     logits: Tensor
     lengths: list[int]
-    cache: DynamicCache
+    cache: Cache
     waiting: deque[tuple[int, int]]
 
 
@@ -110,20 +110,21 @@ class Scheduler:
             prompt, row, position = torch.tensor(begin, device=self.row.device).unbind(-1)
             self.row, self.position = torch.cat([self.row, row]), torch.cat([self.position, position])
             self.lengths += [length for _, _, length in begin]
-            self.cache.admit(ready.cache, prompt, max(self.lengths))
+            self.cache.admit(ready.cache, prompt, position, max(self.lengths))
             logits = ready.logits[prompt] if logits is None else torch.cat([logits, ready.logits[prompt]])
             if not ready.waiting:
                 self.ready = None
         return logits
 
     def _prefill(self, most: int) -> _Prefilled:
-        """Prefill up to ``most`` prompts of similar length."""
+        """Prefill up to ``most`` prompts of similar length, as far as their tokens fit."""
         picked = [self.queue.popleft()]
-        enough = SIMILAR * len(self.prompts[picked[0]])
+        longest = len(self.prompts[picked[0]])
+        most, enough = min(most, prefill.TOKENS // longest), SIMILAR * longest
         while self.queue and len(picked) < most and len(self.prompts[self.queue[0]]) >= enough:
             picked.append(self.queue.popleft())
         prompts = [self.prompts[i] for i in picked]
-        logits, _, cache = prefill(self.policy, prompts)
+        logits, cache = prefill.prefill(self.policy, prompts, len(self.cache.slots))
         rows = ((place, i * self.samples + s) for place, i in enumerate(picked) for s in range(self.samples))
         return _Prefilled(logits, [len(prompt) for prompt in prompts], cache, deque(rows))
 

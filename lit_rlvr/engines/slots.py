@@ -7,6 +7,7 @@ slot of a row that has finished is taken by the last row, and then by a waiting 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 SPARE = 64
 """Columns that storage grows by at the least; otherwise by a quarter of what it has."""
+FREED = 8
+"""Columns in use move to the front where that frees an eighth of their number, and never fewer than can be spared."""
+PARTS = 8
+"""Slots move in so many parts, one after the other: each is copied on its way."""
 ALIGNED = 16
 """Its columns are a multiple of this: kernels on a GPU copy a mask that is not aligned."""
 
@@ -30,22 +35,21 @@ class SlotLayer(CacheLayerMixin):
         slots: Most rows at a time.
         window: Tokens that attention reaches back, the current one included; None for all. No more are kept.
         spare: Columns that storage grows by at the least.
-        most: Columns that rows take which begin together: before more are needed, storage has no more.
+        most: Columns of the longest row possible: while rows that begin together need no more, storage has no more, and
+            never more than :func:`widest`.
     """
 
-    def __init__(self, slots: int, window: int | None = None, spare: int = SPARE, most: int = 0) -> None:
+    def __init__(self, slots: int, window: int | None = None, spare: int = SPARE, most: int = sys.maxsize) -> None:
         super().__init__()
         self.slots, self.window, self.is_sliding = slots, window, window is not None
-        self.spare, self.most = spare, most
+        self.spare, self.most = spare, most if window is None else min(most, window)
         self.rows, self.low, self.high = 0, 0, 0
         self.length = 0
         """Tokens of the longest row, those before its window included."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (
-            torch.empty(
-                self.slots, states.shape[1], 0, states.shape[3], dtype=_kept_dtype(states), device=states.device
-            )
+            torch.empty(self.slots, states.shape[1], 0, states.shape[3], dtype=kept_dtype(states), device=states.device)
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -68,23 +72,26 @@ class SlotLayer(CacheLayerMixin):
         self.use(self.rows, self.length + columns)
         return first
 
-    def admit(self, prompts: CacheLayerMixin, index: Tensor, length: int) -> None:
-        """Put the rows ``index`` [n] of a prefilled layer, which are padded on the left, behind those in use.
+    def admit(self, prompts: CacheLayerMixin, index: Tensor, tokens: Tensor, length: int) -> None:
+        """Put the rows ``index`` [n] of a prefilled layer, each with so many ``tokens`` [n], behind those in use.
 
-        The longest of all then holds ``length`` tokens: fewer than ``prompts`` is wide, where only short ones are left.
+        There they are padded on the right, here on the left. The longest of all then holds ``length`` tokens: fewer
+        than ``prompts`` is wide, where only short ones are left.
         """
         assert prompts.keys is not None
         assert prompts.values is not None
         if not self.is_initialized:
             self.lazy_initialization(prompts.keys, prompts.values)
         rows, width = self.rows + len(index), prompts.keys.shape[2]
+        width = width if self.window is None else min(width, self.window - 1)
         if self.high < width:
             if width > self.storage[0].shape[2]:
                 self._grow(width)
             self._move(width)
         place = (slice(self.rows, rows), slice(None), slice(self.high - width, self.high))
+        columns = (tokens[:, None] - width + torch.arange(width, device=tokens.device)).clamp_(min=0)
         for storage, theirs in zip(self.storage, (prompts.keys, prompts.values), strict=True):
-            storage[place] = theirs[index]
+            storage[place] = theirs[index[:, None], :, columns].transpose(1, 2)
         self.use(rows, length)
 
     def keep(self, holes: Tensor, movers: Tensor) -> None:
@@ -117,19 +124,19 @@ class SlotLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def _make_room(self, columns: int) -> None:
-        """Have ``columns`` free columns after the last: move to the front where half is unused there, or grow."""
-        now = self.storage[0].shape[2]
-        if self.high + columns > now:
-            if self.low >= max(now // 2, columns):
-                self._move(self.high - self.low)
+        """Have ``columns`` free columns after the last: move to the front, or grow where that would free too few."""
+        if self.high + columns > self.storage[0].shape[2]:
+            kept = self.high - self.low
+            if self.low >= max(columns, freed(kept, self.spare)):
+                self._move(kept)
             else:
                 self._grow(self.high + columns)
 
     def _grow(self, columns: int) -> None:
         """Have at least so many columns, and some to spare. Zeros, because a masked column times NaN would be NaN."""
         wide = columns + max(self.spare, self.storage[0].shape[2] // 4)
-        wide = min(wide, self.most) if columns <= self.most else wide
-        wide = -(-wide // ALIGNED) * ALIGNED
+        limits = (self.most, widest(self.most, self.spare))
+        wide = aligned(min([wide, *(limit for limit in limits if limit >= columns)]))
         used = (slice(self.rows), slice(None), slice(self.low, self.high))
         for name, old in zip(("keys", "values"), self.storage, strict=True):
             new = old.new_zeros(*old.shape[:2], wide, old.shape[3])
@@ -137,12 +144,12 @@ class SlotLayer(CacheLayerMixin):
             setattr(self, name, new)
 
     def _move(self, high: int) -> None:
-        """Let the columns in use end at ``high``."""
+        """Let the columns in use end at ``high``; the storage stays where it is, as captured graphs know it."""
         kept = self.high - self.low
-        if kept:
+        if kept and self.rows:
             for storage in self.storage:
-                used = storage[: self.rows, :, self.low : self.high].clone()
-                storage[: self.rows, :, high - kept : high] = used
+                for part in storage[: self.rows].split(-(-self.rows // PARTS)):
+                    part[:, :, high - kept : high] = part[:, :, self.low : self.high].clone()
         self.low, self.high = high - kept, high
 
 
@@ -194,10 +201,10 @@ class SlotCache(Cache):
         windows: The window of each layer; see :func:`windows`.
         slots: Most rows at a time.
         spare: Columns that storage grows by at the least.
-        most: Columns that rows take which begin together.
+        most: Columns of the longest row possible.
     """
 
-    def __init__(self, windows: list[int | None], slots: int, spare: int = SPARE, most: int = 0) -> None:
+    def __init__(self, windows: list[int | None], slots: int, spare: int = SPARE, most: int = sys.maxsize) -> None:
         self.slots: list[SlotLayer] = [SlotLayer(slots, window, spare, most) for window in windows]
         super().__init__(layers=list(self.slots))
 
@@ -212,11 +219,11 @@ class SlotCache(Cache):
         (width,) = {layer.storage[0].shape[2] for layer in self.slots}
         return width
 
-    def admit(self, prompts: DynamicCache, index: Tensor, length: int) -> None:
-        """Add rows ``index`` [n] of prefilled prompts, padded on the left; the longest of all is then ``length``."""
+    def admit(self, prompts: Cache, index: Tensor, tokens: Tensor, length: int) -> None:
+        """Add rows ``index`` [n], of so many ``tokens`` [n], of prefilled prompts; the longest of all is ``length``."""
         for mine, theirs in zip(self.slots, prompts.layers, strict=True):
             assert isinstance(theirs, CacheLayerMixin)
-            mine.admit(theirs, index, length)
+            mine.admit(theirs, index, tokens, length)
 
     def keep(self, holes: Tensor, movers: Tensor, rows: int, length: int) -> None:
         """Move slots ``movers`` [m] to ``holes`` [m]; use the first ``rows`` from now on, the longest of ``length``."""
@@ -226,7 +233,22 @@ class SlotCache(Cache):
             layer.use(rows, length)
 
 
-def _kept_dtype(states: Tensor) -> torch.dtype:
+def freed(kept: int, spare: int) -> int:
+    """Columns that a move of so many has to free, so that the columns written until the next one pay for it."""
+    return max(spare, kept // FREED)
+
+
+def widest(most: int, spare: int) -> int:
+    """Columns that a layer's storage never exceeds whose longest row takes ``most``: it grows no more than it must."""
+    return aligned(most + freed(most, spare))
+
+
+def aligned(columns: int) -> int:
+    """At least so many, and a multiple of :data:`ALIGNED`."""
+    return -(-columns // ALIGNED) * ALIGNED
+
+
+def kept_dtype(states: Tensor) -> torch.dtype:
     """Under autocast attention rounds float32 to its dtype, so what is kept is rounded once, not for every token."""
     kind = states.device.type
     narrow = states.dtype == torch.float32 and torch.is_autocast_enabled(kind)
