@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from lit_rlvr.last_layer import read_only
 from lit_rlvr.packing import pack_rows
 from lit_rlvr.segments import enable, hidden_states
 from lit_rlvr.varlen import varlen_serves
@@ -33,6 +34,8 @@ def choose_layout(hf: PreTrainedModel, layout: Layout | None) -> Layout:
         return "padded"
     why_not = enable(hf)
     if why_not is None:
+        if kind in KNOWN:
+            read_only(hf)
         return layout or "shared"
     if layout is None:
         return "padded"
