@@ -43,9 +43,11 @@ def read_only(hf: PreTrainedModel) -> None:
     A fused projection of queries, keys and values stays as it is.
     """
     names = set(hf._no_split_modules or [])
-    *_, layer = (module for module in hf.modules() if type(module).__name__ in names)
+    layers = [module for module in hf.modules() if type(module).__name__ in names]
+    if not layers:
+        return
     rows = _Rows()
-    for name, module in layer.named_modules():
+    for name, module in layers[-1].named_modules():
         if name in ATTENTION:
             module.register_forward_pre_hook(rows.look, with_kwargs=True)
         elif name in ROWWISE:
