@@ -161,6 +161,10 @@ class WithoutAdapters:
     def layout(self) -> Any:
         return self.policy.layout
 
+    @property
+    def narrowed(self) -> torch.dtype | None:
+        return self.policy.narrowed  # type: ignore[no-any-return]
+
     def __call__(self, *arguments: Any, **more: Any) -> Any:
         with adapters_off(self.policy):
             return self.policy(*arguments, **more)
