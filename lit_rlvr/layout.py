@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from lit_rlvr.last_layer import read_only
 from lit_rlvr.packing import pack_rows
 from lit_rlvr.segments import enable, hidden_states
 from lit_rlvr.varlen import varlen_serves
@@ -33,6 +34,8 @@ def choose_layout(hf: PreTrainedModel, layout: Layout | None) -> Layout:
         return "padded"
     why_not = enable(hf)
     if why_not is None:
+        if kind in KNOWN:
+            read_only(hf)
         return layout or "shared"
     if layout is None:
         return "padded"
@@ -66,18 +69,26 @@ class Reader:
 def check_packs(hf: PreTrainedModel) -> None:
     """Compare a pack with the same rows on their own: a prompt with two responses, and a row beside them.
 
+    Once when all places are read, and once when only the last of each row is.
+
     Raises:
         ValueError: When they differ: tokens of the model see each other in another way than by causal attention.
     """
     rows = [torch.tensor(tokens) for tokens in ([1, 2, 0], [1, 2, 1, 1], [0, 1, 1])]
     prompts, responses = [row[:2] for row in rows], [row[2:] for row in rows]
     ids, before, first, pack = pack_rows(prompts, responses, [0, 0, 1])
-    hidden = hidden_states(hf.base_model, ids.to(hf.device), pack.to(hf.device))[0]
+    final = first + torch.tensor([len(response) for response in responses]) - 1
+    hidden, ends = (
+        hidden_states(hf.base_model, ids.to(hf.device), replace(pack, read=read).to(hf.device))[0]
+        for read in (None, final)
+    )
     # Packed and alone are the same sums in another order; in bfloat16 each of a few layers rounds by 2^-8.
     tolerance = 1e-1 if hf.dtype == torch.bfloat16 else 1e-3
     for row, response, last, start in zip(rows, responses, before.tolist(), first.tolist(), strict=True):
         alone = hidden_states(hf.base_model, row[None].to(hf.device), None)[0]
-        packed = torch.cat([hidden[last - 1 : last + 1], hidden[start : start + len(response)]])
+        stop = start + len(response)
+        packed = torch.cat([hidden[last - 1 : last + 1], hidden[start:stop], ends[stop - 1 : stop]])
+        alone = torch.cat([alone, alone[-1:]])
         if (packed - alone).norm() > tolerance * alone.norm():
             raise ValueError(
                 f"{type(hf).__name__} does not give in a pack what it gives for rows on their own; use batch.layout: "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_rlvr.devices import send
+from lit_rlvr.last_layer import places_read
 from lit_rlvr.layout import Reader
 from lit_rlvr.packing import pack_rows
 from lit_rlvr.reduce import Reduce
@@ -33,7 +34,7 @@ class MicroBatch:
         column: Position of each target in its response [M], on the CPU.
         rows: How many rows are laid out.
         padding: How many of the places hold no token.
-        pack: What attention needs to know of a row of sequences; None: the rows are padded.
+        pack: What a model needs to know of a row of sequences; None: the rows are padded.
     """
 
     ids: Tensor
@@ -79,6 +80,8 @@ def lay_out(rollout: RolloutBatch, rows: Tensor, chosen: Tensor, reader: Reader)
         ids, before, first, pack = pack_rows(prompts, responses, same.tolist())
     # The hidden state at one place predicts the token at the next.
     index = torch.where(column == 0, before[local], first[local] + column - 1)
+    if pack is not None:
+        pack = replace(pack, read=places_read(index, ids.numel()))
     targets = rollout.response_ids[rows[local], column]
     return MicroBatch(ids, index, targets, rows[local], column, len(rows), padding, pack).to(reader.device)
 

@@ -117,17 +117,20 @@ class Pack:
         positions: Position of each token in its sequence [1, total].
         parts: All sequences, in the order of the pack.
         spans: The same sequences, for attention in one call.
+        read: Places whose last hidden states are read, each once; those of others may be anything. None: all.
     """
 
     positions: Tensor
     parts: tuple[Part, ...]
     spans: Spans
+    read: Tensor | None = None
     _masks: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Pack:
         """The same with its tensors on ``device``."""
         parts = tuple(part.to(device) for part in self.parts)
-        return Pack(send(self.positions, device), parts, self.spans.to(device))
+        read = None if self.read is None else send(self.read, device)
+        return Pack(send(self.positions, device), parts, self.spans.to(device), read)
 
     def mask(self, rows: int, keys: int, window: int | None, like: Tensor) -> Tensor:
         """Additive mask [rows, keys] of the last queries and the last keys of a sequence. All layers share it."""
