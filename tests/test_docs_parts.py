@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,18 +27,15 @@ MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool
 
 
 @pytest.fixture
-def part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """Gives a class of the page, imported from its file."""
     monkeypatch.syspath_prepend(tmp_path)
-    files = {b.file: b.text for b in blocks(DOCS / "extending.md") if b.language == "python"}
+    files = {str(b.file): b.text for b in blocks(DOCS / "extending.md") if b.language == "python"}
     for name, text in files.items():
-        (tmp_path / str(name)).write_text(text)
-
-    def load(module: str, name: str) -> Any:
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        return getattr(__import__(module), name)
-
-    return load
+        (tmp_path / name).write_text(text)
+    yield lambda module, name: getattr(import_module(module), name)
+    for name in files:
+        sys.modules.pop(name.removesuffix(".py"), None)
 
 
 def random_logprobs(seed: int) -> Tensor:
