@@ -1,4 +1,7 @@
-"""How tokens are averaged: the weight and count that every token starts with, and the denominator."""
+"""How tokens are averaged: the weight and count that every token starts with, and the denominator.
+
+What dropping a token means under each rule is in ``docs/objective.md``.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class SequenceMean(Aggregation):
 
 @dataclass(frozen=True)
 class ConstantLength(Aggregation):
-    """Sum over tokens, divided by ``length`` for every response, however long it is or however many tokens learn.
+    """Sum over tokens, divided by ``length`` for every response, whatever its own length and however many tokens learn.
 
     Source: Dr. GRPO (arXiv 2503.20783), section 3.2.
 

@@ -3,10 +3,10 @@
 A rollout phase samples ``prompts x responses`` answers and verifies them; the credit callbacks decide which of their
 tokens learn, and how much; then ``epochs x mini-batches`` optimiser steps maximise
 
-    sum(weight * surrogate(advantage, pi / pi_old)) / sum(count)  -  beta * KL(pi || pi_ref)
+    sum(weight * surrogate(advantage, pi / pi_old)) / denominator  -  beta * KL(pi || pi_ref)
 
-with both sums over a whole mini-batch and all ranks. :meth:`RLVRModule.training_step` is the algorithm, and
-:func:`lit_rlvr.phase.run_phase` is what comes before it.
+with sums over a whole mini-batch and all ranks. :func:`lit_rlvr.phase.run_phase` makes a phase,
+:meth:`RLVRModule.training_step` is an optimiser step, and :mod:`lit_rlvr.objective` is its loss, token by token.
 """
 
 from __future__ import annotations

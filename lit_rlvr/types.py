@@ -165,14 +165,17 @@ class RolloutBatch(_Tensors):
 class Credit(_Tensors):
     """Which tokens learn, and how much.
 
-    The policy loss is ``-sum(weight * surrogate(advantage, ratio) - kl_coef * |log ratio|) / sum(count)``, both sums
-    over a whole optimiser mini-batch and all ranks; ``ratio`` is that of the current to the old policy.
+    The policy loss is ``-sum(weight * surrogate(advantage, ratio) - kl_coef * |log ratio|) / denominator``, over a
+    whole optimiser mini-batch and all ranks; ``ratio`` is that of the current to the old policy. ``weight`` and
+    ``count`` start at the aggregation's share of a token: 1, or 1 / length of its response. The denominator is
+    ``sum(count)``; that of :class:`~lit_rlvr.aggregation.ConstantLength` does not depend on ``count``.
 
     Args:
         advantage: Signed advantage of each token [B, T].
-        weight: Share of the token's surrogate that enters the numerator, >= 0, and 0 off the response [B, T].
+        weight: Factor on the token's surrogate in the numerator, >= 0, and 0 off the response [B, T].
         count: Share of the token in the denominator, >= 0, and 0 off the response [B, T].
-        kl_coef: How strongly a token is held at the old policy, >= 0, and 0 off the response [B, T]; None: not at all.
+        kl_coef: How strongly a token's probability is kept close to that of the old policy, >= 0, and 0 off the
+            response [B, T]; None: not at all.
 
     Raises:
         ValueError: When the shapes differ.

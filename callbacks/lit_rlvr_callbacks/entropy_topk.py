@@ -54,7 +54,8 @@ class EntropyTopK(CreditCallback):
         rho: Share of tokens to keep, in (0, 1]; a number, or a schedule over rollout phases or by stage. null: 0.2.
         select: ``top`` or ``bottom`` by entropy, the ``band`` between two quantiles, or ``random`` (by a hash of seed
             and token, as a control).
-        normalize: Divide the loss by the number of ``selected`` tokens, or of ``all`` tokens; null: the preset's.
+        normalize: Count the ``selected`` tokens in the loss's denominator, or ``all`` tokens; null: the preset's. Under
+            ``aggregation: ConstantLength`` the denominator is constant, and both are the same.
         band: Quantiles [low, high] of the entropy, with ``select: band``: the tokens that the top 1 - low holds and the
             top 1 - high does not.
         preset: ``invariant``, ``paper_v2``, ``paper_v1`` or ``trl``.

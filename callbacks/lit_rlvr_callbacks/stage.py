@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 class StageDetector(CreditCallback):
     """Names the stage, ``rising`` or ``plateau``, for callbacks that act only in some.
 
-    On line: the mean token entropy is smoothed (exponential moving average); the plateau begins when its relative drop
+    Online: the mean token entropy is smoothed (exponential moving average); the plateau begins when its relative drop
     over ``window`` rollout phases has stayed below ``drop`` for ``patience`` phases in a row. Or at a fixed phase,
     ``at_step``. The plateau does not end. The step of the change is logged as ``plateau_step``.
 
     Source: the two stages are from Deng et al. 2025 (arXiv 2508.02260), which publishes no numeric rule and draws the
-    line at about phase 200 in its runs; the on-line rule is this project's own.
+    line at about phase 200 in its runs; the online rule is this project's own.
 
     Args:
         window: Distance, in rollout phases, over which the drop is measured.
