@@ -16,12 +16,10 @@ import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
 from jsonargparse import Namespace, set_parsing_settings  # noqa: E402
 from jsonargparse.typing import lazy_instance  # noqa: E402
-from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 from lightning.pytorch.strategies import Strategy  # noqa: E402
-from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from torch.optim import Optimizer  # noqa: E402
 from torch.optim.lr_scheduler import LRScheduler  # noqa: E402
 
@@ -31,7 +29,8 @@ from lit_rlvr.architectures import reach  # noqa: E402
 from lit_rlvr.checkpoint import PhaseCheckpoint, check_resumable  # noqa: E402
 from lit_rlvr.checks import check_chain, check_trainer, check_trainer_options  # noqa: E402
 from lit_rlvr.cli_errors import clear, missing_file  # noqa: E402
-from lit_rlvr.cli_names import class_names, interpolation, option_keys  # noqa: E402
+from lit_rlvr.cli_failures import sentence_about  # noqa: E402
+from lit_rlvr.cli_names import class_names, option_keys  # noqa: E402
 from lit_rlvr.cluster import Machines  # noqa: E402
 from lit_rlvr.config_files import MODE, check_file, keep_comments_as_text, replace_whole_lists  # noqa: E402
 from lit_rlvr.credit import all_callbacks, credit_chain  # noqa: E402
@@ -286,17 +285,12 @@ def run(arguments: list[str], command_line: type[CLI] = CLI) -> int:
             auto_configure_optimizers=False,
             parser_class=Parser,
         )
-    except OmegaConfBaseException as error:
+    except Exception as error:
         if os.environ.get("LIT_RLVR_DEBUG"):
             raise
-        fail(interpolation(error, every_option()))
-        return 2
-    except (ValueError, ArithmeticError, RuntimeError, OSError, ImportError, MisconfigurationException) as error:
-        if os.environ.get("LIT_RLVR_DEBUG"):
+        sentence = sentence_about(error, every_option())
+        if sentence is None:
             raise
-        said: BaseException = error
-        while said.__cause__ is not None and str(said).startswith("Does not validate against any of the Union"):
-            said = said.__cause__  # the sentence of a constructor, which jsonargparse wraps
-        fail(str(said))
+        fail(sentence)
         return 2
     return 0
