@@ -292,7 +292,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "greedy rollouts": (("--model.sampling.temperature=0",), "sampling needs temperature > 0"),
     "unknown task": (("--data.task=last_digit_arithmetik",), "did you mean last_digit_arithmetic?"),
     "several greedy samples": (("--model.evaluations.greedy.samples=2",), "gives the same response every time"),
-    "no warm-up steps": (("--warmup.steps=0",), "warmup needs steps"),
+    "no warm-up steps": (("--warmup.steps=0",), "warmup.steps must be at least 1, got 0"),
     "unknown name in an interpolation": (
         ("--data.eval_prompts=${fit.model.nope}",),
         "${model.nope} stands for nothing",
