@@ -12,9 +12,9 @@ from lit_rlvr.types import Credit, RolloutBatch
 class MaskTruncated(CreditCallback):
     """Take responses that were cut off at the length limit out of the loss: out of its numerator and its denominator.
 
-    Their reward is about an answer that they never came to. They still count in their group's baseline, with an overlong
-    penalty (``model.overlong``) where there is one. A KL penalty in the loss, other callbacks' penalties and a critic's
-    loss stay about every response token.
+    Their reward is about an answer that they never came to. They still count in the baseline of their group, where an
+    overlong penalty (``model.overlong``) is part of it. A KL penalty in the loss, other callbacks' penalties and the
+    loss of a critic stay about every response token.
 
     Source: overlong filtering, DAPO, Yu et al. 2025 (arXiv 2503.14476), section 3.4; TRL's
     ``mask_truncated_completions``, whose loss type ``grpo`` alone still divides by the responses that it leaves out.
