@@ -118,7 +118,8 @@ def check_chain(module: RLVRModule) -> None:
         )
     if not small and module.batch.micro_rows is not None:
         raise ValueError(
-            "batch.micro_rows is for callbacks that decide per micro-batch, and there is none; leave it null"
+            "batch.micro_rows is for callbacks that decide per micro-batch, and there is none; leave it null, as in "
+            "--model.batch.micro_rows=null"
         )
     choosing = [c.state_key for c in module.chain if c.token_level]
     if choosing and module.loss.sequence_level:
@@ -149,7 +150,9 @@ def check_trainer_options(options: dict[str, Any], found_here: bool = True) -> N
         names = ["auto", *(["gpu"] if name == "accelerator" else []), *known]
         if isinstance(options.get(name), str) and options[name] not in names:
             hint = did_you_mean(options[name], names) or f"; common are {', '.join(names[:4])}"
-            if options[name].endswith("Strategy"):
+            if options[name].lower().startswith("fsdp"):
+                hint = "; use --config configs/strategy/fsdp.yaml"
+            elif options[name].endswith("Strategy"):
                 hint = f"; a class is written {{class_path: {options[name]}}}"
             raise ValueError(f"there is no trainer.{name} {options[name]!r}{hint}")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

@@ -18,38 +18,28 @@ from jsonargparse import Namespace, set_parsing_settings  # noqa: E402
 from jsonargparse.typing import lazy_instance  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
-from lightning.pytorch.loggers import Logger  # noqa: E402
-from lightning.pytorch.strategies import Strategy  # noqa: E402
-from torch.optim import Optimizer  # noqa: E402
-from torch.optim.lr_scheduler import LRScheduler  # noqa: E402
 
-from lit_rlvr.advantages import Advantage  # noqa: E402
-from lit_rlvr.aggregation import Aggregation  # noqa: E402
 from lit_rlvr.architectures import reach  # noqa: E402
 from lit_rlvr.checkpoint import PhaseCheckpoint, check_resumable  # noqa: E402
 from lit_rlvr.checks import check_chain, check_trainer, check_trainer_options  # noqa: E402
 from lit_rlvr.cli_errors import clear, missing_file  # noqa: E402
 from lit_rlvr.cli_failures import sentence_about  # noqa: E402
-from lit_rlvr.cli_names import class_names, option_keys  # noqa: E402
+from lit_rlvr.cli_names import names_by_option, option_keys  # noqa: E402
 from lit_rlvr.cluster import Machines  # noqa: E402
 from lit_rlvr.config_files import MODE, check_file, keep_comments_as_text, replace_whole_lists  # noqa: E402
 from lit_rlvr.credit import all_callbacks, credit_chain  # noqa: E402
 from lit_rlvr.data import RLVRDataModule  # noqa: E402
-from lit_rlvr.engines import Engine  # noqa: E402
 from lit_rlvr.explain import explain  # noqa: E402
 from lit_rlvr.facts import Cluster  # noqa: E402
 from lit_rlvr.gae import GAE as GAE  # noqa: E402  # imported so that YAML may use its short name
-from lit_rlvr.losses import PolicyLoss  # noqa: E402
 from lit_rlvr.models import resolve_model  # noqa: E402
 from lit_rlvr.module import RLVRModule  # noqa: E402
 from lit_rlvr.nulls import nulls  # noqa: E402
 from lit_rlvr.preemption import Preemption  # noqa: E402
 from lit_rlvr.progress import RLVRProgress  # noqa: E402
 from lit_rlvr.report import Report  # noqa: E402
-from lit_rlvr.rewards import Reward  # noqa: E402
 from lit_rlvr.rollout_pages import RolloutPages  # noqa: E402
 from lit_rlvr.saving import SavePolicy  # noqa: E402
-from lit_rlvr.tasks import Task  # noqa: E402
 from lit_rlvr.tracking import MLflow, RunRecord, SaveConfig  # noqa: E402
 from lit_rlvr.trainer import RLVRTrainer  # noqa: E402
 from lit_rlvr.warmup import Warmup  # noqa: E402
@@ -72,22 +62,6 @@ CHECKPOINT_CALLBACKS = (Preemption, PhaseCheckpoint)
 """In every ``fit`` with checkpoints, before the others: a signal may come while they evaluate."""
 
 
-NAMEABLE = (
-    Callback,
-    Logger,
-    Strategy,
-    Optimizer,
-    LRScheduler,
-    Advantage,
-    PolicyLoss,
-    Aggregation,
-    Engine,
-    Task,
-    Reward,
-)
-"""Bases of the classes that YAML names."""
-
-
 class Parser(LightningArgumentParser):
     """Lightning's parser, with errors in a sentence."""
 
@@ -100,7 +74,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if os.environ.get("LIT_RLVR_DEBUG") or not self.exit_on_error:
             super().error(message, ex)
-        fail(clear(message, every_option(), class_names(NAMEABLE)))
+        fail(clear(message, every_option(), names_by_option()))
         sys.exit(2)
 
 

@@ -194,7 +194,11 @@ def credit_chain(callbacks: Sequence[Callback]) -> list[CreditCallback]:
     chain = [c for c in callbacks if isinstance(c, CreditCallback)]
     names = [c.state_key for c in chain]
     if twice := {n for n in names if names.count(n) > 1}:
-        raise ValueError(f"two credit callbacks are named {twice.pop()}; give each its own `name`")
+        raise ValueError(
+            f"two credit callbacks are named {min(twice)}; give each its own `name` to have both. `callbacks+` adds to "
+            "the list so far: to replace that, write `callbacks`, or empty it first, as in --trainer.callbacks=[] "
+            "--config FILE"
+        )
     detectors = [c.state_key for c in chain if type(c).stage is not CreditCallback.stage]
     if len(detectors) > 1:
         raise ValueError(f"{' and '.join(detectors)} both name the stage; keep one stage detector")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -11,8 +11,21 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
     >>> nearest("roh", ["rho", "select"]), nearest("gamma", ["rho", "select"])
     ('rho', None)
+    >>> nearest("adamw", ["Adam", "AdamW"])
+    'AdamW'
     """
-    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+    names = {name.lower(): name for name in known}
+    return next((names[near] for near in difflib.get_close_matches(word.lower(), names, n=1)), None)
+
+
+def either(names: Sequence[str]) -> str:
+    """A list in words.
+
+    >>> either(["a"]), either(["a", "b", "c"])
+    ('a', 'a, b or c')
+    """
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
