@@ -32,6 +32,7 @@ from lit_rlvr.data import RLVRDataModule  # noqa: E402
 from lit_rlvr.explain import explain  # noqa: E402
 from lit_rlvr.facts import Cluster  # noqa: E402
 from lit_rlvr.gae import GAE as GAE  # noqa: E402  # imported so that YAML may use its short name
+from lit_rlvr.loggers import check_packages  # noqa: E402
 from lit_rlvr.models import resolve_model  # noqa: E402
 from lit_rlvr.module import RLVRModule  # noqa: E402
 from lit_rlvr.nulls import nulls  # noqa: E402
@@ -122,6 +123,7 @@ class CLI(LightningCLI):
         for name, cls in (("model", RLVRModule), ("data", RLVRDataModule), ("trainer", pl.Trainer)):
             for null in nulls(cls, self._get(self.config, name), name):
                 raise ValueError(f"{null} cannot be null; leave it out for the default")
+        check_packages(self._get(self.config, "trainer.logger"))
         set_up_logging(quiet=self._get(self.config, "quiet"))
         if (threads := self._get(self.config, "threads")) is not None:
             if threads < 1:

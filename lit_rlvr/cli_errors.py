@@ -66,7 +66,9 @@ def _missing(message: str, keys: list[str], classes: Names) -> str | None:
     names = [name.split(".", 1)[-1] for name in found.group(1).split(", ")]
     if owner := re.search(r"Problem with given class_path '([^']+)':\s+[Tt]he following arguments are req", message):
         cls = owner.group(1).rpartition(".")[2]
-        return f"{_key(message)}: {cls} needs {' and '.join(names)}; set {_key(message)}.{names[0]}"
+        kind = cls.removesuffix("Logger").lower()
+        file = f", or add --config configs/logger/{kind}.yaml" if kind in ("csv", "tensorboard") else ""
+        return f"{_key(message)}: {cls} needs {' and '.join(names)}; set {_key(message)}.{names[0]}{file}"
     verb = "is" if len(names) == 1 else "are"
     return f"{' and '.join(names)} {verb} required and not set; begin with --config configs/quickstart.yaml"
 

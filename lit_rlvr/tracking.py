@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_rlvr.credit import all_callbacks, credit_chain, describe_chain
+from lit_rlvr.loggers import log_settings, others
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def mlflow_loggers(trainer: pl.Trainer) -> list[MLflow]:
 
 
 class RunRecord(Callback):
-    """Tells MLflow what was run: task, algorithm, credit, versions and git commit; and keeps the trained policy.
+    """Tells every logger what was run: task, algorithm, credit, versions and git commit; MLflow keeps the policy too.
 
     A resumed run continues the MLflow run of its checkpoint.
     """
@@ -162,18 +163,20 @@ class RunRecord(Callback):
         self._run_id: str | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        facts = {
+            "task": repr(pl_module.data.task)[:500],
+            "algorithm": describe_algorithm(pl_module),
+            "credit": describe_chain(credit_chain(all_callbacks(trainer))).removeprefix("credit: "),
+            "model": pl_module.base or pl_module.model,
+            "git_commit": git_commit(),
+            **{f"version.{name}": version(name) for name in PACKAGES},
+        }
         for logger in mlflow_loggers(trainer):
             if self._run_id is not None:
                 logger.resume(self._run_id)
-            logger.tag(
-                task=repr(pl_module.data.task)[:500],
-                algorithm=describe_algorithm(pl_module),
-                credit=describe_chain(credit_chain(all_callbacks(trainer))).removeprefix("credit: "),
-                model=pl_module.base or pl_module.model,
-                git_commit=git_commit(),
-                **{f"version.{name}": version(name) for name in PACKAGES},
-            )
+            logger.tag(**facts)
             self._run_id = logger.run_id
+        log_settings(others(trainer, MLflow), {f"run.{name}": value for name, value in facts.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {"run_id": self._run_id}
@@ -191,7 +194,7 @@ class RunRecord(Callback):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the resolved configuration: ``config.yaml`` in ``default_root_dir``, parameters and artifact in MLflow.
+    """Keeps the resolved configuration: ``config.yaml`` in ``default_root_dir``, settings in every logger.
 
     It is in checkpoints too; what differs when a run is resumed is printed.
     """
@@ -214,6 +217,7 @@ class SaveConfig(SaveConfigCallback):
         for logger in mlflow_loggers(trainer):
             logger.log_text(text, "config.yaml")
             logger.log_params_once(self._flat())
+        log_settings(others(trainer, MLflow), self._flat())
 
     def _flat(self) -> dict[str, Any]:
         return {n: v for n, v in flatten(self.config.as_dict()).items() if not n.startswith(("config.", "ckpt_path"))}
