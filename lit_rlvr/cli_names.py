@@ -41,13 +41,15 @@ HIDDEN = {
     "DummyLogger", "LRScheduler", "LookAhead", "Optimizer", "ProgressBar", "SaveConfig", "SaveConfigCallback",
 }  # fmt: skip
 """Classes that are bases of others, or that the command line adds by itself: naming one would do nothing."""
+SLIP = 0.9
+"""How alike two options are that differ by a slip of the pen."""
 MOST = 12
 """As many names stand in a sentence."""
 
 
 def near_option(option: str, keys: list[str]) -> str:
     """The end of a sentence about an unknown ``option``: its last part is compared within its group, then all of it."""
-    if here := option_here(option):
+    if (here := option_here(option)) and nearest(option, keys, SLIP) is None:
         return here
     group, _, last = option.rpartition(".")
     siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == group]

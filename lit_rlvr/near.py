@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is most like ``word``, if one is like it at all.
+def nearest(word: str, known: Iterable[str], least: float = 0.6) -> str | None:
+    """The known word that is most like ``word``, if one is like it at all: by ``least``, between 0 and 1.
 
     >>> nearest("roh", ["rho", "select"]), nearest("gamma", ["rho", "select"])
     ('rho', None)
@@ -15,7 +15,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     'AdamW'
     """
     names = {name.lower(): name for name in known}
-    return next((names[near] for near in difflib.get_close_matches(word.lower(), names, n=1)), None)
+    return next((names[near] for near in difflib.get_close_matches(word.lower(), names, 1, least)), None)
 
 
 def either(names: Sequence[str]) -> str:

@@ -50,6 +50,7 @@ def test_an_option_that_exists_here_is_not_foreign(keys: list[str]) -> None:
         ("model.max-completion-length", "; here it is model.sampling.max_new_tokens"),
         ("trainer.n_gpus_per_node", "; here it is trainer.devices"),
         ("mask_truncated_completions", "; here it is --config configs/callbacks/mask_truncated.yaml"),
+        ("modle.seed", "; did you mean model.seed?"),
         ("model.batch.promts", "; did you mean model.batch.prompts?"),
     ],
 )
