@@ -24,6 +24,7 @@ from lit_rlvr.checkpoint import PhaseCheckpoint, check_resumable  # noqa: E402
 from lit_rlvr.checks import check_chain, check_trainer, check_trainer_options  # noqa: E402
 from lit_rlvr.cli_errors import clear, missing_file  # noqa: E402
 from lit_rlvr.cli_failures import sentence_about  # noqa: E402
+from lit_rlvr.cli_help import hide_bases, improve  # noqa: E402
 from lit_rlvr.cli_names import names_by_option, option_keys  # noqa: E402
 from lit_rlvr.cluster import Machines  # noqa: E402
 from lit_rlvr.config_files import MODE, check_file, keep_comments_as_text, replace_whole_lists  # noqa: E402
@@ -109,6 +110,7 @@ class CLI(LightningCLI):
             "--threads", type=int | None, default=None, help="Threads of CPU math; null: torch's choice."
         )
         parser.add_argument("--quiet", type=bool, default=False, help="Print warnings and results only.")
+        improve(parser)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: YAML and command line stand above what a checkpoint remembers."""
@@ -242,6 +244,7 @@ def run(arguments: list[str], command_line: type[CLI] = CLI) -> int:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     keep_comments_as_text()
     replace_whole_lists()
+    hide_bases()
     usage = {name: {"parser_mode": MODE, "usage": f"lit-rlvr {name} [options]"} for name in CLI.subcommands()}
     sys.argv = [sys.argv[0], *arguments]  # what Lightning's launchers start other ranks with
     try:
