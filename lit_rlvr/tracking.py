@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -23,6 +24,8 @@ from lit_rlvr.loggers import log_settings, others
 log = logging.getLogger(__name__)
 
 PACKAGES = ("lit-rlvr", "torch", "lightning", "transformers", "torchmetrics", "mlflow")
+LARGEST = 2**30
+"""Bytes of a policy that is uploaded unless something is said: that of a large model would lie there twice."""
 
 
 class MLflow(MLFlowLogger):
@@ -37,7 +40,8 @@ class MLflow(MLFlowLogger):
         run_name: Name of the run; null: the time.
         run_id: Continue this run.
         artifact_location: Where a new experiment keeps files; null: ``mlruns`` in the current folder.
-        log_model: Upload the trained policy's folder at the end of training.
+        log_model: Upload the trained policy's folder at the end of training. Otherwise ``policy.json`` says where the
+            folder is, with size and SHA-256 of each file. null: upload at most 1 GiB.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class MLflow(MLFlowLogger):
         run_name: str | None = None,
         run_id: str | None = None,
         artifact_location: str | None = None,
-        log_model: bool = True,
+        log_model: bool | None = None,
     ) -> None:
         self.tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
         self.log_policy = log_model
@@ -185,12 +189,15 @@ class RunRecord(Callback):
         self._run_id = state_dict["run_id"]
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        from lit_rlvr.saving import SavePolicy
+        from lit_rlvr.saving import SavePolicy, inventory, size_of
 
+        saved = [c.saved for c in all_callbacks(trainer) if isinstance(c, SavePolicy) and c.saved is not None]
         for logger in mlflow_loggers(trainer):
-            for callback in all_callbacks(trainer):
-                if logger.log_policy and isinstance(callback, SavePolicy) and callback.saved is not None:
-                    logger.log_folder(callback.saved, "policy")
+            for folder in saved:
+                if logger.log_policy or (logger.log_policy is None and size_of(folder) <= LARGEST):
+                    logger.log_folder(folder, "policy")
+                else:
+                    logger.log_text(json.dumps(inventory(folder), indent=2) + "\n", "policy.json")
 
 
 class SaveConfig(SaveConfigCallback):
