@@ -164,6 +164,8 @@ def check_trainer_options(options: dict[str, Any], found_here: bool = True) -> N
         )
     if (devices := options.get("devices", "auto")) != "auto" and not _are_devices(devices):
         raise ValueError(f"trainer.devices must be auto, a number from 1, or a list of device numbers, got {devices!r}")
+    if options.get("accelerator") == "cpu" and devices != "auto" and not str(devices).strip().isdigit():
+        raise ValueError(f"trainer.devices must be a number of processes with trainer.accelerator cpu, got {devices!r}")
     if (steps := options.get("max_steps", -1)) is not None and steps < 1 and steps != -1:
         raise ValueError(f"trainer.max_steps must be at least 1, or -1 for no end, got {steps}")
     clip = options.get("gradient_clip_val")

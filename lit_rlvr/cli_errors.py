@@ -67,7 +67,8 @@ def _missing(message: str, keys: list[str], classes: Names) -> str | None:
     if owner := re.search(r"Problem with given class_path '([^']+)':\s+[Tt]he following arguments are req", message):
         cls = owner.group(1).rpartition(".")[2]
         kind = cls.removesuffix("Logger").lower()
-        file = f", or add --config configs/logger/{kind}.yaml" if kind in ("csv", "tensorboard") else ""
+        by_folder = f", or trainer.default_root_dir with --config configs/logger/{kind}.yaml"
+        file = by_folder if kind in ("csv", "tensorboard") else ""
         return f"{_key(message)}: {cls} needs {' and '.join(names)}; set {_key(message)}.{names[0]}{file}"
     verb = "is" if len(names) == 1 else "are"
     return f"{' and '.join(names)} {verb} required and not set; begin with --config configs/quickstart.yaml"
@@ -154,6 +155,15 @@ def _short_task(message: str, keys: list[str], classes: Names) -> str | None:
         f"data.task.{option.group(1)}: the short name {name.group(1)!r} has no options; name the class instead, as in "
         f"--data.task=ReasoningGym --data.task.{option.group(1)}=VALUE"
     )
+
+
+def _no_class(message: str, keys: list[str], classes: Names) -> str | None:
+    """An option of a class, before there is a class."""
+    option, key = re.search(r"Given value: NestedArg\(key='([^']+)'", message), _key(message)
+    if not option or key not in classes or "Expected a <class 'NoneType'>" not in message:
+        return None
+    known = either(classes[key])
+    return f"{key} is null, which has no option {option.group(1)!r}; name a class before it with --{key}: {known}"
 
 
 def _settings(message: str, keys: list[str], classes: Names) -> str | None:
@@ -276,7 +286,7 @@ def missing_file(path: Path) -> str:
 
 
 RULES = (
-    _missing, _yaml, _command, _option, _value, _section, _own_words, _class_option, _short_task, _settings,
+    _missing, _yaml, _command, _option, _value, _section, _own_words, _class_option, _short_task, _no_class, _settings,
     _choice, _schedule, _class, _type, _union, _file,
 )  # fmt: skip
 """What is tried on a message, in order; the first rule that has a sentence wins."""

@@ -27,6 +27,8 @@ OPTIONS = {
     "total_epochs": "trainer.max_steps", "num_train_epochs": "trainer.max_steps", "bf16": "trainer.precision",
     "total_training_steps": "trainer.max_steps", "eval_steps": "trainer.val_check_interval",
     "test_freq": "trainer.val_check_interval", "n_gpus_per_node": "trainer.devices", "nnodes": "trainer.num_nodes",
+    "gpus": "trainer.devices", "num_gpus": "trainer.devices", "system_prompt": "data.template.system",
+    "chat_template": "data.template.kind", "reward": "data.task", "reward_function": "data.task",
     "resume_from_checkpoint": "ckpt_path",
 }  # fmt: skip
 """By the last part of the other framework's option."""
@@ -35,6 +37,7 @@ FILES = {
     "algorithm": "algorithm/grpo.yaml", "use_vllm": "engine/vllm.yaml", "vllm_mode": "engine/vllm_colocated.yaml",
     "mask_truncated_completions": "callbacks/mask_truncated.yaml",
     "top_entropy_quantile": "callbacks/entropy_topk_trl.yaml", "fsdp": "strategy/fsdp.yaml",
+    "wandb_project": "logger/wandb.yaml",
 }  # fmt: skip
 """What is not one option here, by the fragment below ``configs`` that does it."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import lit_rlvr_callbacks
 import pytest
 
+from lit_rlvr.checks import check_trainer_options
 from lit_rlvr.cli import OWN_COMMANDS, every_option
 from lit_rlvr.cli_errors import clear, missing_file
 from lit_rlvr.cli_names import HIDDEN, names_by_option, near_class, near_option
@@ -97,6 +98,28 @@ def test_a_number_where_options_belong(keys: list[str]) -> None:
     assert clear(message, keys, CLASSES) == (
         "model.kl has options, as in --model.kl.beta=0.1, is {} for their defaults, or is null; got '0.1'"
     )
+
+
+def test_an_option_of_no_class(keys: list[str]) -> None:
+    """What jsonargparse says of ``--model.engine.gpus=2``, where the engine is null."""
+    message = (
+        'Parser key "model.engine":\n  Does not validate against any of the Union subtypes\n'
+        "  Subtypes: [<class 'lit_rlvr.engines.base.Engine'>, <class 'NoneType'>]\n  Errors:\n"
+        "    - Expected a dot import path string: x\n    - Expected a <class 'NoneType'>\n"
+        "  Given value type: <class 'jsonargparse._util.NestedArg'>\n  Given value: NestedArg(key='gpus', val='2')"
+    )
+    assert clear(message, keys, CLASSES).startswith(
+        "model.engine is null, which has no option 'gpus'; name a class before it with --model.engine: InProc"
+    )
+
+
+@pytest.mark.parametrize("devices", ["0,1", [0], "-1", -1])
+def test_a_cpu_has_no_numbered_devices(devices: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"^trainer\.devices must be a number of processes with trainer\.accelerator cpu"
+    ):
+        check_trainer_options({"accelerator": "cpu", "devices": devices})
+    check_trainer_options({"accelerator": "cpu", "devices": "2"})
 
 
 def test_an_algorithm_where_a_file_belongs(tmp_path: Path) -> None:
