@@ -118,7 +118,8 @@ def check_chain(module: RLVRModule) -> None:
         )
     if not small and module.batch.micro_rows is not None:
         raise ValueError(
-            "batch.micro_rows is for callbacks that decide per micro-batch, and there is none; leave it null"
+            "batch.micro_rows is for callbacks that decide per micro-batch, and there is none; leave it null, as in "
+            "--model.batch.micro_rows=null"
         )
     choosing = [c.state_key for c in module.chain if c.token_level]
     if choosing and module.loss.sequence_level:
@@ -149,7 +150,9 @@ def check_trainer_options(options: dict[str, Any], found_here: bool = True) -> N
         names = ["auto", *(["gpu"] if name == "accelerator" else []), *known]
         if isinstance(options.get(name), str) and options[name] not in names:
             hint = did_you_mean(options[name], names) or f"; common are {', '.join(names[:4])}"
-            if options[name].endswith("Strategy"):
+            if options[name].lower().startswith("fsdp"):
+                hint = "; use --config configs/strategy/fsdp.yaml"
+            elif options[name].endswith("Strategy"):
                 hint = f"; a class is written {{class_path: {options[name]}}}"
             raise ValueError(f"there is no trainer.{name} {options[name]!r}{hint}")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -161,6 +164,8 @@ def check_trainer_options(options: dict[str, Any], found_here: bool = True) -> N
         )
     if (devices := options.get("devices", "auto")) != "auto" and not _are_devices(devices):
         raise ValueError(f"trainer.devices must be auto, a number from 1, or a list of device numbers, got {devices!r}")
+    if options.get("accelerator") == "cpu" and devices != "auto" and not str(devices).strip().isdigit():
+        raise ValueError(f"trainer.devices must be a number of processes with trainer.accelerator cpu, got {devices!r}")
     if (steps := options.get("max_steps", -1)) is not None and steps < 1 and steps != -1:
         raise ValueError(f"trainer.max_steps must be at least 1, or -1 for no end, got {steps}")
     clip = options.get("gradient_clip_val")

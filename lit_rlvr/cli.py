@@ -16,30 +16,23 @@ import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
 from jsonargparse import Namespace, set_parsing_settings  # noqa: E402
 from jsonargparse.typing import lazy_instance  # noqa: E402
-from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
-from lightning.pytorch.loggers import Logger  # noqa: E402
-from lightning.pytorch.strategies import Strategy  # noqa: E402
-from omegaconf.errors import OmegaConfBaseException  # noqa: E402
-from torch.optim import Optimizer  # noqa: E402
-from torch.optim.lr_scheduler import LRScheduler  # noqa: E402
 
-from lit_rlvr.advantages import Advantage  # noqa: E402
-from lit_rlvr.aggregation import Aggregation  # noqa: E402
 from lit_rlvr.architectures import reach  # noqa: E402
 from lit_rlvr.checkpoint import PhaseCheckpoint, check_resumable  # noqa: E402
 from lit_rlvr.checks import check_chain, check_trainer, check_trainer_options  # noqa: E402
 from lit_rlvr.cli_errors import clear, missing_file  # noqa: E402
-from lit_rlvr.cli_names import class_names, interpolation, option_keys  # noqa: E402
+from lit_rlvr.cli_failures import sentence_about  # noqa: E402
+from lit_rlvr.cli_help import hide_bases, improve  # noqa: E402
+from lit_rlvr.cli_names import names_by_option, option_keys  # noqa: E402
 from lit_rlvr.config_files import MODE, check_file, keep_comments_as_text, replace_whole_lists  # noqa: E402
 from lit_rlvr.credit import all_callbacks, credit_chain  # noqa: E402
 from lit_rlvr.data import RLVRDataModule  # noqa: E402
-from lit_rlvr.engines import Engine  # noqa: E402
 from lit_rlvr.explain import explain  # noqa: E402
 from lit_rlvr.facts import Cluster  # noqa: E402
 from lit_rlvr.gae import GAE as GAE  # noqa: E402  # imported so that YAML may use its short name
-from lit_rlvr.losses import PolicyLoss  # noqa: E402
+from lit_rlvr.loggers import check_packages  # noqa: E402
 from lit_rlvr.machines import Machines  # noqa: E402
 from lit_rlvr.models import resolve_model  # noqa: E402
 from lit_rlvr.module import RLVRModule  # noqa: E402
@@ -47,10 +40,8 @@ from lit_rlvr.nulls import nulls  # noqa: E402
 from lit_rlvr.preemption import Preemption  # noqa: E402
 from lit_rlvr.progress import RLVRProgress  # noqa: E402
 from lit_rlvr.report import Report  # noqa: E402
-from lit_rlvr.rewards import Reward  # noqa: E402
 from lit_rlvr.rollout_pages import RolloutPages  # noqa: E402
 from lit_rlvr.saving import SavePolicy  # noqa: E402
-from lit_rlvr.tasks import Task  # noqa: E402
 from lit_rlvr.tracking import MLflow, RunRecord, SaveConfig  # noqa: E402
 from lit_rlvr.trainer import RLVRTrainer  # noqa: E402
 from lit_rlvr.waiting import let_ddp_wait  # noqa: E402
@@ -74,22 +65,6 @@ CHECKPOINT_CALLBACKS = (Preemption, PhaseCheckpoint)
 """In every ``fit`` with checkpoints, before the others: a signal may come while they evaluate."""
 
 
-NAMEABLE = (
-    Callback,
-    Logger,
-    Strategy,
-    Optimizer,
-    LRScheduler,
-    Advantage,
-    PolicyLoss,
-    Aggregation,
-    Engine,
-    Task,
-    Reward,
-)
-"""Bases of the classes that YAML names."""
-
-
 class Parser(LightningArgumentParser):
     """Lightning's parser, with errors in a sentence."""
 
@@ -102,7 +77,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if os.environ.get("LIT_RLVR_DEBUG") or not self.exit_on_error:
             super().error(message, ex)
-        fail(clear(message, every_option(), class_names(NAMEABLE)))
+        fail(clear(message, every_option(), names_by_option()))
         sys.exit(2)
 
 
@@ -136,6 +111,7 @@ class CLI(LightningCLI):
             "--threads", type=int | None, default=None, help="Threads of CPU math; null: torch's choice."
         )
         parser.add_argument("--quiet", type=bool, default=False, help="Print warnings and results only.")
+        improve(parser)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: YAML and command line stand above what a checkpoint remembers."""
@@ -150,6 +126,7 @@ class CLI(LightningCLI):
         for name, cls in (("model", RLVRModule), ("data", RLVRDataModule), ("trainer", pl.Trainer)):
             for null in nulls(cls, self._get(self.config, name), name):
                 raise ValueError(f"{null} cannot be null; leave it out for the default")
+        check_packages(self._get(self.config, "trainer.logger"))
         set_up_logging(quiet=self._get(self.config, "quiet"))
         if (threads := self._get(self.config, "threads")) is not None:
             if threads < 1:
@@ -269,6 +246,7 @@ def run(arguments: list[str], command_line: type[CLI] = CLI) -> int:
     keep_comments_as_text()
     replace_whole_lists()
     let_ddp_wait()
+    hide_bases()
     usage = {name: {"parser_mode": MODE, "usage": f"lit-rlvr {name} [options]"} for name in CLI.subcommands()}
     sys.argv = [sys.argv[0], *arguments]  # what Lightning's launchers start other ranks with
     try:
@@ -288,17 +266,12 @@ def run(arguments: list[str], command_line: type[CLI] = CLI) -> int:
             auto_configure_optimizers=False,
             parser_class=Parser,
         )
-    except OmegaConfBaseException as error:
+    except Exception as error:
         if os.environ.get("LIT_RLVR_DEBUG"):
             raise
-        fail(interpolation(error, every_option()))
-        return 2
-    except (ValueError, ArithmeticError, RuntimeError, OSError, ImportError, MisconfigurationException) as error:
-        if os.environ.get("LIT_RLVR_DEBUG"):
+        sentence = sentence_about(error, every_option())
+        if sentence is None:
             raise
-        said: BaseException = error
-        while said.__cause__ is not None and str(said).startswith("Does not validate against any of the Union"):
-            said = said.__cause__  # the sentence of a constructor, which jsonargparse wraps
-        fail(str(said))
+        fail(sentence)
         return 2
     return 0

@@ -4,14 +4,53 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lit_rlvr.near import did_you_mean, nearest
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lit_rlvr.advantages import Advantage
+from lit_rlvr.aggregation import Aggregation
+from lit_rlvr.engines import Engine
+from lit_rlvr.foreign_names import algorithm_here, option_here
+from lit_rlvr.losses import PolicyLoss
+from lit_rlvr.near import did_you_mean, either, nearest
+from lit_rlvr.rewards import Reward
+from lit_rlvr.tasks import Task
+
+NAMEABLE: dict[str, tuple[type, ...]] = {
+    "trainer.callbacks": (Callback,),
+    "trainer.logger": (Logger,),
+    "trainer.strategy": (Strategy,),
+    "model.optimizer": (Optimizer,),
+    "model.scheduler": (LRScheduler,),
+    "model.advantage": (Advantage,),
+    "model.loss": (PolicyLoss,),
+    "model.aggregation": (Aggregation,),
+    "model.engine": (Engine,),
+    "data.task": (Task,),
+    "data.task.rewards": (Reward,),
+}
+"""Bases of the classes that YAML names, by the option that takes them."""
+HIDDEN = {
+    "BaseFinetuning", "BasePredictionWriter", "Callback", "Checkpoint", "CovarianceCallback", "CreditCallback",
+    "DummyLogger", "LRScheduler", "LookAhead", "Optimizer", "ProgressBar", "SaveConfig", "SaveConfigCallback",
+}  # fmt: skip
+"""Classes that are bases of others, or that the command line adds by itself: naming one would do nothing."""
+SLIP = 0.9
+"""How alike two options are that differ by a slip of the pen."""
+MOST = 12
+"""As many names stand in a sentence."""
 
 
 def near_option(option: str, keys: list[str]) -> str:
     """The end of a sentence about an unknown ``option``: its last part is compared within its group, then all of it."""
+    if (here := option_here(option)) and nearest(option, keys, SLIP) is None:
+        return here
     group, _, last = option.rpartition(".")
     siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == group]
     if near := nearest(last, siblings):
@@ -39,6 +78,30 @@ def interpolation(error: Exception, keys: list[str]) -> str:
     return f"{place}: ${{{name}}} stands for nothing{near_option(name, keys)}"
 
 
+def near_class(name: str, option: str, classes: Mapping[str, list[str]]) -> str:
+    """The end of a sentence about an unknown class ``name``: what is near it, or what there is.
+
+    Args:
+        name: What the user wrote.
+        option: Where.
+        classes: The names that each option takes.
+    """
+    known = classes.get(option) or sorted({n for names in classes.values() for n in names})
+    same = [cls for cls in known if cls.lower() == name.lower()]
+    if not same and (algorithm := algorithm_here(name)):
+        return algorithm
+    if near := did_you_mean(name, same or known):
+        return near
+    if len(name) > 2 and (within := [cls for cls in known if name.lower() in cls.lower()]):
+        return f"; did you mean {either(within[:MOST])}?"
+    listed = (
+        f"there are {', '.join(known)}, "
+        if option in classes and len(known) <= MOST
+        else "name a built-in class, as lit-rlvr fit --help lists them, "
+    )
+    return f"; {listed}or a class_path like my_module.MyClass"
+
+
 def _without_command(name: str) -> str:
     head, _, rest = name.partition(".")
     return rest if head in ("fit", "validate", "test", "warmup", "explain", "doctor") and rest else name
@@ -58,4 +121,9 @@ def class_names(bases: Iterable[type]) -> list[str]:
         todo += [c for c in cls.__subclasses__() if c.__name__ not in names]
         if not cls.__name__.startswith("_") and not inspect.isabstract(cls):
             names.add(cls.__name__)
-    return sorted(names)
+    return sorted(names - HIDDEN)
+
+
+def names_by_option() -> dict[str, list[str]]:
+    """The short names of all imported classes, by the option that takes them."""
+    return {option: class_names(bases) for option, bases in NAMEABLE.items()}

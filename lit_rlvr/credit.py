@@ -8,7 +8,8 @@ drivers run the chain in the order of the trainer's callback list: :func:`observ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +18,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lit_rlvr.blame import blame
+from lit_rlvr.credit_laws import check_credit, check_rewards, check_shape, unchanged
 from lit_rlvr.near import did_you_mean
 from lit_rlvr.reduce import LocalReduce, Reduce
 from lit_rlvr.schedule import Schedule
@@ -191,7 +194,11 @@ def credit_chain(callbacks: Sequence[Callback]) -> list[CreditCallback]:
     chain = [c for c in callbacks if isinstance(c, CreditCallback)]
     names = [c.state_key for c in chain]
     if twice := {n for n in names if names.count(n) > 1}:
-        raise ValueError(f"two credit callbacks are named {twice.pop()}; give each its own `name`")
+        raise ValueError(
+            f"two credit callbacks are named {min(twice)}; give each its own `name` to have both. `callbacks+` adds to "
+            "the list so far: to replace that, write `callbacks`, or empty it first, as in --trainer.callbacks=[] "
+            "--config FILE"
+        )
     detectors = [c.state_key for c in chain if type(c).stage is not CreditCallback.stage]
     if len(detectors) > 1:
         raise ValueError(f"{' and '.join(detectors)} both name the stage; keep one stage detector")
@@ -219,26 +226,32 @@ def describe_chain(chain: Sequence[CreditCallback]) -> str:
 
 
 def observe(chain: Sequence[CreditCallback], rollout: RolloutBatch, ctx: CreditContext) -> None:
-    """Let all callbacks look at a phase's rollout, then write the stage into ``ctx``."""
+    """Let all callbacks look at a phase's rollout, then write the stage into ``ctx``.
+
+    Raises:
+        ValueError: When a callback breaks the protocol or raises; the message names it.
+    """
     for callback in chain:
-        ctx.enter(callback)
-        callback.observe(rollout, ctx)
-    ctx.stage = next((stage for c in chain if (stage := c.stage()) is not None), None)
+        with unchanged(callback.state_key, rollout), _hook(callback, "observe", ctx):
+            callback.observe(rollout, ctx)
+    ctx.stage = None
+    for callback in chain:
+        with _hook(callback, "stage", ctx):
+            ctx.stage = callback.stage() if ctx.stage is None else ctx.stage
 
 
 def shape_rewards(chain: Sequence[CreditCallback], rollout: RolloutBatch, ctx: CreditContext) -> Tensor:
     """The rewards [B] after every callback whose stage it is, in order.
 
     Raises:
-        ValueError: When a callback breaks the protocol; the message names it.
+        ValueError: When a callback breaks the protocol or raises; the message names it.
     """
     rewards = rollout.rewards
     for callback in chain:
         if callback.acts(ctx):
-            ctx.enter(callback)
-            rewards = callback.shape_rewards(rollout, rewards, ctx)
-            if rewards.shape != rollout.rewards.shape or not bool(torch.isfinite(rewards).all()):
-                raise ValueError(f"{callback.state_key} must return one finite reward per response from shape_rewards")
+            with unchanged(callback.state_key, rollout, rewards), _hook(callback, "shape_rewards", ctx):
+                rewards = callback.shape_rewards(rollout, rewards, ctx)
+            check_rewards(rewards, rollout.rewards, callback.state_key)
     return rewards
 
 
@@ -252,16 +265,14 @@ def assign_credit(
     """Run the callbacks of one scope whose stage it is, in order.
 
     Raises:
-        ValueError: When a callback breaks the protocol; the message names it.
+        ValueError: When a callback breaks the protocol or raises; the message names it.
     """
     for callback in chain:
         if callback.scope != scope or not callback.acts(ctx):
             continue
-        ctx.enter(callback)
-        before, credit = credit, callback.assign(credit, rollout, ctx)
-        if not isinstance(credit, Credit):
-            raise ValueError(f"{callback.state_key} returned {type(credit).__name__} from assign, expected a Credit")
-        check_credit(credit, rollout.response_mask, callback.state_key)
+        with unchanged(callback.state_key, rollout, credit), _hook(callback, "assign", ctx):
+            before, credit = credit, callback.assign(credit, rollout, ctx)
+        check_credit(credit, before, rollout.response_mask, callback.state_key)
         if scope == "micro_batch" and not callback.own_denominator and not torch.equal(before.count, credit.count):
             raise ValueError(f"{callback.state_key} changes `count` on a micro-batch without own_denominator = True")
     ctx.leave()
@@ -274,31 +285,26 @@ def penalises(chain: Sequence[CreditCallback]) -> bool:
 
 
 def penalties(chain: Sequence[CreditCallback], tokens: Tokens, ctx: CreditContext) -> Tensor:
-    """The sum of the callbacks' penalties, per token [m]."""
+    """The sum of the callbacks' penalties, per token [m].
+
+    Raises:
+        ValueError: When a callback breaks the protocol or raises; the message names it.
+    """
     total = torch.zeros_like(tokens.logprobs)
     for callback in chain:
-        if callback.acts(ctx) and (added := callback.penalty(tokens, ctx)) is not None:
+        if not callback.acts(ctx):
+            continue
+        with blame(callback, "penalty", callback.state_key):
+            added = callback.penalty(tokens, ctx)
+        if added is not None:
+            check_shape(added, total, f"{callback.state_key} returned from penalty")
             total = total + added
     return total
 
 
-def check_credit(credit: Credit, mask: Tensor, author: str) -> None:
-    """Check the laws of credit.
-
-    Raises:
-        ValueError: Naming ``author`` and the broken law.
-    """
-    for name in ("advantage", "weight", "count", "kl_coef"):
-        value: Tensor | None = getattr(credit, name)
-        if value is None:
-            continue
-        if value.shape != mask.shape:
-            raise ValueError(f"{author} returned {name} of shape {tuple(value.shape)}, expected {tuple(mask.shape)}")
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{author} returned a {name} that is not finite")
-        if name == "advantage":
-            continue
-        if bool((value < 0).any()):
-            raise ValueError(f"{author} returned a negative {name}")
-        if bool(((value != 0) & ~mask).any()):
-            raise ValueError(f"{author} returned a {name} other than 0 outside the response")
+@contextmanager
+def _hook(callback: CreditCallback, method: str, ctx: CreditContext) -> Iterator[None]:
+    """While ``method`` of ``callback`` runs: what it logs has its name, and so has an error."""
+    ctx.enter(callback)
+    with blame(callback, method, callback.state_key):
+        yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from lit_rlvr.credit import all_callbacks, credit_chain, describe_chain
 from lit_rlvr.data import RLVRDataModule
 from lit_rlvr.doctor import Notes, Report
 from lit_rlvr.engines import VLLMInProcessEngine
+from lit_rlvr.hub import cache_alone, hub_answers
 from lit_rlvr.models import GGUF, resolve_model
 from lit_rlvr.module import RLVRModule
 from lit_rlvr.rewards import ExactMatch, MathVerify
 from lit_rlvr.tasks import LastDigitArithmetic, ProblemFiles, Prompt, ReasoningGym, Split, Task
+from lit_rlvr.tasks.readers import HUB, UnreachableError
 from lit_rlvr.tracking import MLflow
 from lit_rlvr.warmup import Warmup
 
@@ -68,17 +71,9 @@ def examine(module: RLVRModule, data: RLVRDataModule, trainer: Any, asked: dict[
             vocabulary(report, tokenizer, config)
             if not template(report, tokenizer, data):
                 tokenizer = None
-    with report.part("task"):
-        rows(report, module, data)
-    if tokenizer is not None:
-        with report.part("prompts"):
-            lengths(report, module, data, tokenizer, config)
-            round_trip(report, data, tokenizer)
-    try:
-        with report.part("verifier"):
-            verifier(report, data)
-    finally:
-        data.verifier.close()
+    unreached = HUB in repr(data.task) and not hub_answers()
+    with cache_alone() if unreached else nullcontext():
+        problems(report, module, data, tokenizer, config, unreached)
     if warmup is not None:
         with report.part("warm start"):
             warm_start(report, warmup, data.task)
@@ -88,11 +83,45 @@ def examine(module: RLVRModule, data: RLVRDataModule, trainer: Any, asked: dict[
     return report.close()
 
 
+def problems(
+    report: Report, module: RLVRModule, data: RLVRDataModule, tokenizer: Any, config: Any, unreached: bool
+) -> None:
+    """The task, and what needs its problems: prompts and verifier. Where there are none, that is the finding.
+
+    ``unreached``: the hub does not answer, so a dataset may not be there.
+    """
+    there = False
+    with report.part("task"):
+        try:
+            rows(report, module, data)
+            there = True
+        except UnreachableError as error:
+            if not unreached:
+                raise
+            what = str(error).partition(" (split")[0]
+            report.broken(
+                f"{what}: it is not in the cache, and the hub does not answer here", "run doctor where the run will be"
+            )
+    if there and tokenizer is not None:
+        with report.part("prompts"):
+            lengths(report, module, data, tokenizer, config)
+            round_trip(report, data, tokenizer)
+    try:
+        with report.part("verifier"):
+            if there:
+                verifier(report, data)
+    finally:
+        data.verifier.close()
+
+
 def accelerator(report: Report, asked: dict[str, Any]) -> None:
     """Whether the devices that the configuration asks for are there."""
     wanted, number = str(asked.get("accelerator", "auto")), asked.get("devices", "auto")
     if wanted in ("cuda", "gpu") and not torch.cuda.is_available():
-        report.broken(f"trainer.accelerator is {wanted}, but torch sees no CUDA device", "--trainer.accelerator=cpu")
+        report.broken(
+            f"trainer.accelerator is {wanted}, but torch sees no CUDA device",
+            "run doctor where the run will be; a small model can do without: --trainer.accelerator=cpu",
+        )
     elif wanted in ("cuda", "gpu") and str(number).isdigit() and int(number) > torch.cuda.device_count():
         report.broken(f"trainer.devices is {number}, but there are {torch.cuda.device_count()}", "lower it")
 

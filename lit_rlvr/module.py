@@ -62,23 +62,23 @@ class RLVRModule(RunModels):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         lora: Adapters to train instead of the weights; null: train all weights.
         batch: Sizes of a rollout phase and of its optimiser steps.
-        sampling: How rollouts are drawn. Always from the full distribution.
-        engine: What draws them.
+        sampling: How rollouts are drawn: always from the full distribution.
+        engine: Engine that samples the rollouts; null: InProcessEngine.
         overlap: Draw the next phase's rollouts while the current phase's are learnt from, with weights that are one
             phase old: for a vLLM server with devices of its own, together with the callback TruncatedImportance.
         advantage: Base advantage of a response, or with a critic of a token.
         critic: A value model beside the policy, for ``advantage: GAE``; null: none.
-        loss: Surrogate objective of a token.
-        aggregation: How tokens are averaged.
-        kl: Penalty for leaving the reference model; null: no reference model is loaded.
+        loss: Surrogate objective of a token: ClippedSurrogate (PPO, GRPO, DAPO), GSPO or CISPO.
+        aggregation: How tokens are averaged: TokenMean, SequenceMean (in each response first) or ConstantLength.
+        kl: Penalty for leaving the reference model, as in ``kl.beta``; null: no reference model is loaded.
         reference: Folder or name of the reference model; null: the same as ``model``, with ``lora`` the policy itself
             with its adapters off.
-        overlong: Penalty on responses near the length limit.
+        overlong: Penalty on the reward of responses near the length limit; null: none.
         dynamic_sampling: Keep only groups that are neither all right nor all wrong; null: keep every group.
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes a learning-rate scheduler from the optimizer; stepped once per optimiser step.
         evaluations: What ``validate`` and ``test`` report, by name; null: one sampled response at temperature 1.
-        seed: Fixes prompts order, rollouts and random choices.
+        seed: Fixes the order of prompts, rollouts and random choices.
 
     Raises:
         ValueError: When options do not go together.

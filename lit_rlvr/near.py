@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is most like ``word``, if one is like it at all.
+def nearest(word: str, known: Iterable[str], least: float = 0.6) -> str | None:
+    """The known word that is most like ``word``, if one is like it at all: by ``least``, between 0 and 1.
 
     >>> nearest("roh", ["rho", "select"]), nearest("gamma", ["rho", "select"])
     ('rho', None)
+    >>> nearest("adamw", ["Adam", "AdamW"])
+    'AdamW'
     """
-    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+    names = {name.lower(): name for name in known}
+    return next((names[near] for near in difflib.get_close_matches(word.lower(), names, 1, least)), None)
+
+
+def either(names: Sequence[str]) -> str:
+    """A list in words.
+
+    >>> either(["a"]), either(["a", "b", "c"])
+    ('a', 'a, b or c')
+    """
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lit_rlvr.blame import blame
 from lit_rlvr.credit import CreditCallback, CreditContext, penalises, penalties
+from lit_rlvr.credit_laws import check_shape
 from lit_rlvr.devices import send
 from lit_rlvr.kl import KLPenalty, k3
 from lit_rlvr.losses import PolicyLoss
@@ -65,8 +67,12 @@ class TokenObjective:
         old = logprobs.detach() if self.old is None else self.old[part]
         advantage, weight = self.advantage[part], self.weight[part]
         log_ratio = logprobs - old
-        entering = self.loss.entering(log_ratio, self.row[part])
-        objective = weight * self.loss.surrogate(entering, advantage)
+        with blame(self.loss, "entering"):
+            entering = self.loss.entering(log_ratio, self.row[part])
+        with blame(self.loss, "surrogate"):
+            surrogate = self.loss.surrogate(entering, advantage)
+        check_shape(surrogate, log_ratio, f"{type(self.loss).__name__}.surrogate returned")
+        objective = weight * surrogate
         if self.kl_coef is not None:
             objective = objective - self.kl_coef[part] * log_ratio.abs()
         total = -objective.sum() / self.denominator
@@ -91,7 +97,8 @@ class TokenObjective:
 
     def _measure(self, log_ratio: Tensor, entering: Tensor, entropies: Tensor, part: slice, loss: Tensor) -> None:
         learns = self.weight[part] > 0
-        low, high = self.loss.clipped(entering, self.advantage[part])
+        with blame(self.loss, "clipped"):
+            low, high = self.loss.clipped(entering, self.advantage[part])
         each = {
             "ratio": log_ratio.exp(), "clip_low": low, "clip_high": high,
             "kl_old": k3(log_ratio, torch.zeros_like(log_ratio)), "entropy": entropies,

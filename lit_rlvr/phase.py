@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lit_rlvr.blame import blame
 from lit_rlvr.collect import rest
 from lit_rlvr.credit import CreditContext, assign_credit, observe, shape_rewards
+from lit_rlvr.credit_laws import check_shape
 from lit_rlvr.critic import score_values
 from lit_rlvr.exchange import share_groups
 from lit_rlvr.gae import GAE
@@ -115,14 +117,23 @@ def base_credit(
         rollout: The facts; its rewards are those that learning maximises.
         rewards: The same, token by token [B, T].
         reduce: Reaches the other ranks.
+
+    Raises:
+        ValueError: When advantage or aggregation raise, or return another shape; the message names them.
     """
     mask, returns = rollout.response_mask, None
     if isinstance(module.advantage, GAE):
         assert rollout.values is not None
-        advantage, returns = module.advantage.of_tokens(rewards, rollout.values, mask, reduce)
+        with blame(module.advantage, "of_tokens"):
+            advantage, returns = module.advantage.of_tokens(rewards, rollout.values, mask, reduce)
     else:
-        advantage = module.advantage(rollout.rewards, rollout.group, reduce)[:, None] * mask
-    share = module.aggregation.share(mask)
+        with blame(module.advantage, "__call__"):
+            each = module.advantage(rollout.rewards, rollout.group, reduce)
+        check_shape(each, rollout.rewards, f"{type(module.advantage).__name__} returned")
+        advantage = each[:, None] * mask
+    with blame(module.aggregation, "share"):
+        share = module.aggregation.share(mask)
+    check_shape(share, mask, f"{type(module.aggregation).__name__}.share returned")
     return Credit(advantage, share, share.clone()), returns
 
 

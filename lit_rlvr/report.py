@@ -109,7 +109,10 @@ def places(trainer: Any) -> dict[str, str]:
     found = {"report": str(root / "report.json")}
     for callback in all_callbacks(trainer):
         if isinstance(callback, SavePolicy):
-            found["trained model"] = str(callback.folder or root / "policy")
+            found["trained model"] = str(callback.place(trainer))
+            if callback.best is not None:
+                what = f"{callback.monitor} {callback.best:.3f} at step {callback.best_step}"
+                found["best policy"] = f"{callback.place_of_best(trainer)} ({what})"
     if list((root / "rollouts").glob("phase_*.html")):
         found["rollouts"] = str(root / "rollouts" / "index.html")
     for logger in trainer.loggers:

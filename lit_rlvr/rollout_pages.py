@@ -10,8 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from lit_rlvr.loggers import log_rollouts, others
 from lit_rlvr.phase import Phase
-from lit_rlvr.tracking import mlflow_loggers
+from lit_rlvr.tracking import MLflow, mlflow_loggers
 
 STYLE = """body{font:15px/1.6 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}
 .r{border-top:1px solid #ccc;padding:.6rem 0}.q{color:#666;white-space:pre-wrap}.t{white-space:pre-wrap;
@@ -21,6 +22,7 @@ font-family:ui-monospace,monospace}.k{border-bottom:2px solid #06c}.ok{color:#07
 class RolloutPages(Callback):
     """Writes a few rollouts of every ``every``-th phase as JSON lines and as an HTML page, and stores them in MLflow.
 
+    TensorBoard and Weights & Biases get their texts.
     In the page a token's background is its entropy (white: none, red: the phase's highest), and tokens that learn are
     underlined. Pages of an earlier run in the same folder are deleted, as its policy and report are replaced; a resumed
     run keeps those of the phases before it.
@@ -65,6 +67,7 @@ class RolloutPages(Callback):
         for logger in mlflow_loggers(trainer):
             logger.log_text(lines, f"rollouts/{name}.jsonl")
             logger.log_text(page(rows, phase.number), f"rollouts/{name}.html")
+        log_rollouts(others(trainer, MLflow), rows, trainer.global_step)
 
 
 def write_index(folder: Path) -> None:

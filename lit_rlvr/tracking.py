@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -18,10 +19,13 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_rlvr.credit import all_callbacks, credit_chain, describe_chain
+from lit_rlvr.loggers import log_settings, others
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("lit-rlvr", "torch", "lightning", "transformers", "torchmetrics", "mlflow")
+LARGEST = 2**30
+"""Bytes of a policy that is uploaded unless something is said: that of a large model would lie there twice."""
 
 
 class MLflow(MLFlowLogger):
@@ -36,7 +40,8 @@ class MLflow(MLFlowLogger):
         run_name: Name of the run; null: the time.
         run_id: Continue this run.
         artifact_location: Where a new experiment keeps files; null: ``mlruns`` in the current folder.
-        log_model: Upload the trained policy's folder at the end of training.
+        log_model: Upload the trained policy's folder at the end of training. Otherwise ``policy.json`` says where the
+            folder is, with size and SHA-256 of each file. null: upload at most 1 GiB.
     """
 
     def __init__(
@@ -46,7 +51,7 @@ class MLflow(MLFlowLogger):
         run_name: str | None = None,
         run_id: str | None = None,
         artifact_location: str | None = None,
-        log_model: bool = True,
+        log_model: bool | None = None,
     ) -> None:
         self.tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
         self.log_policy = log_model
@@ -153,7 +158,7 @@ def mlflow_loggers(trainer: pl.Trainer) -> list[MLflow]:
 
 
 class RunRecord(Callback):
-    """Tells MLflow what was run: task, algorithm, credit, versions and git commit; and keeps the trained policy.
+    """Tells every logger what was run: task, algorithm, credit, versions and git commit; MLflow keeps the policy too.
 
     A resumed run continues the MLflow run of its checkpoint.
     """
@@ -162,18 +167,20 @@ class RunRecord(Callback):
         self._run_id: str | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        facts = {
+            "task": repr(pl_module.data.task)[:500],
+            "algorithm": describe_algorithm(pl_module),
+            "credit": describe_chain(credit_chain(all_callbacks(trainer))).removeprefix("credit: "),
+            "model": pl_module.base or pl_module.model,
+            "git_commit": git_commit(),
+            **{f"version.{name}": version(name) for name in PACKAGES},
+        }
         for logger in mlflow_loggers(trainer):
             if self._run_id is not None:
                 logger.resume(self._run_id)
-            logger.tag(
-                task=repr(pl_module.data.task)[:500],
-                algorithm=describe_algorithm(pl_module),
-                credit=describe_chain(credit_chain(all_callbacks(trainer))).removeprefix("credit: "),
-                model=pl_module.base or pl_module.model,
-                git_commit=git_commit(),
-                **{f"version.{name}": version(name) for name in PACKAGES},
-            )
+            logger.tag(**facts)
             self._run_id = logger.run_id
+        log_settings(others(trainer, MLflow), {f"run.{name}": value for name, value in facts.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {"run_id": self._run_id}
@@ -182,16 +189,19 @@ class RunRecord(Callback):
         self._run_id = state_dict["run_id"]
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        from lit_rlvr.saving import SavePolicy
+        from lit_rlvr.saving import SavePolicy, inventory, size_of
 
+        saved = [c.saved for c in all_callbacks(trainer) if isinstance(c, SavePolicy) and c.saved is not None]
         for logger in mlflow_loggers(trainer):
-            for callback in all_callbacks(trainer):
-                if logger.log_policy and isinstance(callback, SavePolicy) and callback.saved is not None:
-                    logger.log_folder(callback.saved, "policy")
+            for folder in saved:
+                if logger.log_policy or (logger.log_policy is None and size_of(folder) <= LARGEST):
+                    logger.log_folder(folder, "policy")
+                else:
+                    logger.log_text(json.dumps(inventory(folder), indent=2) + "\n", "policy.json")
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the resolved configuration: ``config.yaml`` in ``default_root_dir``, parameters and artifact in MLflow.
+    """Keeps the resolved configuration: ``config.yaml`` in ``default_root_dir``, settings in every logger.
 
     It is in checkpoints too; what differs when a run is resumed is printed.
     """
@@ -214,6 +224,7 @@ class SaveConfig(SaveConfigCallback):
         for logger in mlflow_loggers(trainer):
             logger.log_text(text, "config.yaml")
             logger.log_params_once(self._flat())
+        log_settings(others(trainer, MLflow), self._flat())
 
     def _flat(self) -> dict[str, Any]:
         return {n: v for n, v in flatten(self.config.as_dict()).items() if not n.startswith(("config.", "ckpt_path"))}

@@ -55,8 +55,19 @@ class Warmup:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or self.lr <= 0 or not 0 <= self.lr_warmup <= self.steps:
-            raise ValueError(f"warmup needs steps, batch_size and lr above 0 and lr_warmup within steps, got {self}")
+        for name in ("steps", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"warmup.{name} must be at least 1, got {value}")
+        for name, least in (("lr_warmup", self.lr_warmup), ("weight_decay", self.weight_decay)):
+            if least < 0:
+                raise ValueError(f"warmup.{name} must be at least 0, got {least}")
+        if self.lr <= 0:
+            raise ValueError(f"warmup.lr must be > 0, got {self.lr}")
+        if self.lr_warmup > self.steps:
+            raise ValueError(
+                f"warmup.lr_warmup {self.lr_warmup} is more than warmup.steps {self.steps}; lower lr_warmup, as in "
+                f"--warmup.lr_warmup={self.steps // 10}"
+            )
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rate at optimiser step ``step`` (from 0).

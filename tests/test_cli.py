@@ -31,6 +31,8 @@ from command_line import (
 from lit_rlvr_callbacks import EntropyTopK, PositionShaping, StageDetector
 
 from lit_rlvr import Batch, RLVRDataModule, RLVRModule, Sampling
+from lit_rlvr.cli import every_option
+from lit_rlvr.cli_help import TEXTS
 from lit_rlvr.losses import ClippedSurrogate
 from lit_rlvr.shaping import DynamicSampling
 from lit_rlvr.tasks import LastDigitArithmetic
@@ -292,7 +294,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "greedy rollouts": (("--model.sampling.temperature=0",), "sampling needs temperature > 0"),
     "unknown task": (("--data.task=last_digit_arithmetik",), "did you mean last_digit_arithmetic?"),
     "several greedy samples": (("--model.evaluations.greedy.samples=2",), "gives the same response every time"),
-    "no warm-up steps": (("--warmup.steps=0",), "warmup needs steps"),
+    "no warm-up steps": (("--warmup.steps=0",), "warmup.steps must be at least 1, got 0"),
     "unknown name in an interpolation": (
         ("--data.eval_prompts=${fit.model.nope}",),
         "${model.nope} stands for nothing",
@@ -347,3 +349,12 @@ def test_the_help_of_a_command_explains_its_options(tmp_path: Path) -> None:
         assert option in text
     assert "Prompts per rollout phase, over all ranks." in text
     assert "A task, or its short name" in text
+    assert "Train a policy. options:" in text
+    assert "Surrogate objective of a token: ClippedSurrogate" in text
+    assert "lit_rlvr_callbacks.MaskTruncated" in text
+    for base in ("lit_rlvr.CreditCallback", "CovarianceCallback", "lightning.Callback,", "torch.optim.Optimizer,"):
+        assert base not in text
+
+
+def test_the_texts_of_the_help_are_about_options_that_exist() -> None:
+    assert set(TEXTS) <= {"config", *every_option()}

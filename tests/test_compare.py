@@ -197,7 +197,8 @@ def test_arms_are_checked_by_what_fit_refuses(tmp_path: Path, monkeypatch: pytes
     assert json.loads(printed.getvalue()) == {
         "name": "there is no option 'model.bach.prompts'; did you mean model.batch.prompts?",
         "value": "batch.prompts=3 must be a multiple of batch.minibatch_prompts=16",
-        "together": "batch.micro_rows is for callbacks that decide per micro-batch, and there is none; leave it null",
+        "together": "batch.micro_rows is for callbacks that decide per micro-batch, and there is none; leave it null, "
+        "as in --model.batch.micro_rows=null",
     }
     assert list(tmp_path.iterdir()) == []
 

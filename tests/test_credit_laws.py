@@ -21,6 +21,7 @@ from lit_rlvr_callbacks import (
     EntropyBonus,
     EntropyTopK,
     KLCov,
+    MaskTruncated,
     NegativeReinforcement,
     PerplexityShaping,
     PositionShaping,
@@ -107,6 +108,7 @@ TABLE: dict[str, Entry] = {
         },
         {"ratio 0": lambda: KLCov(0.0), "coefficient 0": lambda: KLCov(0.2, 0.0)},
     ),
+    "MaskTruncated": Entry("mask_truncated", {"the only way": lambda: MaskTruncated()}, {}),
     "NegativeReinforcement": Entry(
         "negative_reinforcement",
         {"weighted": lambda: NegativeReinforcement(), "negative only": lambda: NegativeReinforcement(0.0, -1.0)},

@@ -18,6 +18,7 @@ from fake_local_vllm import installed
 
 from lit_rlvr import doctor
 from lit_rlvr.doctor import BROKEN, FINE, WARNING, Report
+from lit_rlvr.hub import hub_answers
 from lit_rlvr.tasks import LastDigitArithmetic, Prompt, Score, Task
 
 BOTH = "right, written like 12 or \\boxed{12}"
@@ -131,9 +132,11 @@ def test_a_machine_without_the_device_is_found(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = examined(tmp_path, "--trainer.accelerator=cuda")
     assert found.of("tracking") == [(FINE, "no MLflow logger")]
-    assert (BROKEN, "trainer.accelerator is cuda, but torch sees no CUDA device → --trainer.accelerator=cpu") in (
-        found.of("configuration")
-    )
+    assert (
+        BROKEN,
+        "trainer.accelerator is cuda, but torch sees no CUDA device → run doctor where the run will be; a small "
+        "model can do without: --trainer.accelerator=cpu",
+    ) in found.of("configuration")
     assert found.of("verifier")[0][0] == FINE
 
 
@@ -314,3 +317,43 @@ class Nameless(LastDigitArithmetic):
 
     def score(self, prompt: Prompt, response: str) -> Score:
         raise KeyError(response)
+
+
+def test_the_hub_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of reach, a dataset is one finding, without the minutes and lines of the libraries' own attempts."""
+    asked: list[str] = []
+
+    class Session:
+        def head(self, address: str, timeout: float) -> None:
+            asked.append(address)
+            raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    arguments = {"train": "hf:nobody/nothing@train", "rewards": {"right": {"class_path": "ExactMatch"}}}
+    task = {"class_path": "ProblemFiles", "init_args": {**arguments, "val_share": 0.5}}
+    found = examined(tmp_path, "--warmup=null", f"--data.task={json.dumps(task)}")
+    assert found.not_fine() == [
+        (
+            BROKEN, "task",
+            "cannot load hf:nobody/nothing@train: it is not in the cache, and the hub does not answer here "
+            "→ run doctor where the run will be",
+        )
+    ]  # fmt: skip
+    assert found.outcome.code == 1
+    assert len(asked) == 1
+    assert "etrying" not in found.outcome.err
+    from huggingface_hub import constants
+
+    assert not constants.HF_HUB_OFFLINE, "it is back as it was"
+
+
+def test_a_run_on_the_machine_alone_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_rlvr.examine.hub_answers", lambda: pytest.fail("asked"))
+    assert examined(tmp_path).outcome.code == 0
+
+
+def test_offline_mode_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("asked"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert not hub_answers()

@@ -131,4 +131,4 @@ def test_errors_in_yaml(parser: ArgumentParser, rho: str, message: str) -> None:
     """A sentence about the option."""
     with pytest.raises(Exception, match="callback") as caught:
         parser.parse_args(["--callback=EntropyTopK", f"--callback.rho={rho}"])
-    assert message in clear(str(caught.value), ["callback"], ["EntropyTopK"])
+    assert message in clear(str(caught.value), ["callback"], {"callback": ["EntropyTopK"]})

@@ -198,7 +198,11 @@ def test_undeclared_counts_are_refused() -> None:
     ("options", "callback", "message"),
     [
         ({"batch": sizes()}, lambda: Current("micro_batch"), "Current decides per micro-batch.*set batch.micro_rows"),
-        ({"batch": sizes(micro_rows=4)}, lambda: EntropyTopK(0.5), "batch.micro_rows is for callbacks that decide"),
+        (
+            {"batch": sizes(micro_rows=4)},
+            lambda: EntropyTopK(0.5),
+            "leave it null, as in --model.batch.micro_rows=null",
+        ),
         ({"loss": GSPO()}, lambda: EntropyTopK(0.5), "GSPO has one ratio.*EntropyTopK cannot treat.*level: token"),
     ],
 )

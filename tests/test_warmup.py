@@ -194,9 +194,19 @@ def test_the_rate_follows_its_formula(step: int) -> None:
     assert parts["lr_scheduler"]["interval"] == "step"
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr_warmup": -1}, {"lr_warmup": 701}])
-def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="warmup needs steps, batch_size and lr above 0 and lr_warmup within steps"):
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"steps": 0}, r"^warmup\.steps must be at least 1, got 0$"),
+        ({"batch_size": 0}, r"^warmup\.batch_size must be at least 1, got 0$"),
+        ({"lr": 0.0}, r"^warmup\.lr must be > 0, got 0\.0$"),
+        ({"lr_warmup": -1}, r"^warmup\.lr_warmup must be at least 0, got -1$"),
+        ({"weight_decay": -0.1}, r"^warmup\.weight_decay must be at least 0, got -0\.1$"),
+        ({"steps": 20}, r"^warmup\.lr_warmup 30 is more than warmup\.steps 20; lower lr_warmup, .*lr_warmup=2$"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
         Warmup(**wrong)
 
 

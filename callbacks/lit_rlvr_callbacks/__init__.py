@@ -6,6 +6,7 @@ from lit_rlvr_callbacks.entropy_advantage import EntropyAdvantage
 from lit_rlvr_callbacks.entropy_bonus import EntropyBonus
 from lit_rlvr_callbacks.entropy_topk import EntropyTopK
 from lit_rlvr_callbacks.kl_cov import KLCov
+from lit_rlvr_callbacks.mask_truncated import MaskTruncated
 from lit_rlvr_callbacks.negative_reinforcement import NegativeReinforcement
 from lit_rlvr_callbacks.perplexity import PerplexityShaping
 from lit_rlvr_callbacks.position import PositionShaping
@@ -21,6 +22,7 @@ __all__ = [
     "EntropyBonus",
     "EntropyTopK",
     "KLCov",
+    "MaskTruncated",
     "NegativeReinforcement",
     "PerplexityShaping",
     "PositionShaping",

@@ -18,7 +18,7 @@ class Sampling:
     """How responses are drawn.
 
     Args:
-        temperature: Divides the logits; 0 is greedy.
+        temperature: Divides the logits; 0 is greedy (evaluations only).
         max_new_tokens: Longest response, in tokens.
         top_p: Keep the smallest set of tokens whose probability reaches this; 1 keeps all. Evaluation only.
         top_k: Keep this many most likely tokens; 0 keeps all. Evaluation only.

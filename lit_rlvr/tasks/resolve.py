@@ -25,5 +25,8 @@ def resolve_task(task: Task | str) -> Task:
     if name == "reasoning_gym" and rest:
         return ReasoningGym(rest)
     known = ["last_digit_arithmetic", "reasoning_gym:NAME", "LastDigitArithmetic", "ReasoningGym"]
-    hint = did_you_mean(task, known) or f"; known are {', '.join(known[:2])}, or a class_path"
+    hint = (
+        did_you_mean(task, known)
+        or f"; known are {', '.join(known[:2])}, or a class_path; ProblemFiles reads files and the hub"
+    )
     raise ValueError(f"there is no task {task!r}{hint}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lit_rlvr.blame import frames_of_user, place
 from lit_rlvr.tasks.base import Prompt, Score, Task
 
 log = logging.getLogger(__name__)
@@ -134,9 +135,11 @@ class Verifier:
 
 
 def describe(error: BaseException) -> str:
-    r"""An exception in one line.
+    r"""An exception in one line, with the line of the user's own file that it comes from.
 
     >>> describe(ValueError("no\nanswer"))
     'ValueError: no answer'
     """
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    frames = frames_of_user(error)
+    where = f" ({place(frames[-1])})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200] + where
