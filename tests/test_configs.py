@@ -165,8 +165,8 @@ def test_a_fragment_twice_is_refused(tmp_path: Path) -> None:
     assert (outcome.code, outcome.err) == (
         2,
         "lit-rlvr: error: two credit callbacks are named EntropyTopK; give each its own `name` to have both. "
-        "`callbacks+` adds to the list so far: to replace that, write `callbacks`, or empty it first, as in --trainer.callbacks=[] "
-        "--config FILE\n",
+        "`callbacks+` adds to the list so far: to replace that, write `callbacks`, or empty it first, as in "
+        "--trainer.callbacks=[] --config FILE\n",
     )
 
 

@@ -328,7 +328,7 @@ def test_the_hub_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             asked.append(address)
             raise OSError("no network")
 
-    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     arguments = {"train": "hf:nobody/nothing@train", "rewards": {"right": {"class_path": "ExactMatch"}}}
     task = {"class_path": "ProblemFiles", "init_args": {**arguments, "val_share": 0.5}}
@@ -354,6 +354,6 @@ def test_a_run_on_the_machine_alone_asks_no_hub(tmp_path: Path, monkeypatch: pyt
 
 
 def test_offline_mode_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("asked"))
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("asked"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert not hub_answers()
