@@ -21,7 +21,8 @@ from rollouts import build_rollout, full_credit
 
 from lit_rlvr import Evaluation, RLVRModule
 from lit_rlvr.checks import check_algorithm, check_chain
-from lit_rlvr.cli import NAMEABLE, every_option
+from lit_rlvr.cli import every_option
+from lit_rlvr.cli_names import NAMEABLE
 from lit_rlvr.credit import CreditCallback
 from lit_rlvr.critic import Critic
 from lit_rlvr.engines import VLLMServerEngine
@@ -58,7 +59,7 @@ def code(cell: str) -> list[str]:
 def classes() -> dict[str, Any]:
     """Every class that a configuration can have, by its short name."""
     found: dict[str, Any] = {cls.__name__: cls for cls in OTHERS}
-    todo: list[Any] = list(NAMEABLE)
+    todo: list[Any] = [base for bases in NAMEABLE.values() for base in bases]
     while todo:
         cls = todo.pop()
         todo += cls.__subclasses__()
