@@ -22,10 +22,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa:
 from lit_rlvr.architectures import reach  # noqa: E402
 from lit_rlvr.checkpoint import PhaseCheckpoint, check_resumable  # noqa: E402
 from lit_rlvr.checks import check_chain, check_trainer, check_trainer_options  # noqa: E402
+from lit_rlvr.cli_classes import names_by_option  # noqa: E402
 from lit_rlvr.cli_errors import clear, missing_file  # noqa: E402
 from lit_rlvr.cli_failures import sentence_about  # noqa: E402
 from lit_rlvr.cli_help import hide_bases, improve  # noqa: E402
-from lit_rlvr.cli_names import names_by_option, option_keys  # noqa: E402
+from lit_rlvr.cli_names import option_keys  # noqa: E402
 from lit_rlvr.config_files import MODE, check_file, keep_comments_as_text, replace_whole_lists  # noqa: E402
 from lit_rlvr.credit import all_callbacks, credit_chain  # noqa: E402
 from lit_rlvr.data import RLVRDataModule  # noqa: E402

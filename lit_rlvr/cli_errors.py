@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
-from lit_rlvr.cli_names import near_class, near_option
+from lit_rlvr.cli_names import MOST, near_class, near_option
 from lit_rlvr.config_files import ENTRY
 from lit_rlvr.foreign_names import COMMANDS, algorithm_here
 from lit_rlvr.near import did_you_mean, either
@@ -162,8 +162,8 @@ def _no_class(message: str, keys: list[str], classes: Names) -> str | None:
     option, key = re.search(r"Given value: NestedArg\(key='([^']+)'", message), _key(message)
     if not option or key not in classes or "Expected a <class 'NoneType'>" not in message:
         return None
-    known = either(classes[key])
-    return f"{key} is null, which has no option {option.group(1)!r}; name a class before it with --{key}: {known}"
+    known = f": {either(classes[key])}" if len(classes[key]) <= MOST else "=CLASS"
+    return f"{key} is null, which has no option {option.group(1)!r}; name a class before it with --{key}{known}"
 
 
 def _settings(message: str, keys: list[str], classes: Names) -> str | None:
@@ -286,7 +286,7 @@ def missing_file(path: Path) -> str:
 
 
 RULES = (
-    _missing, _yaml, _command, _option, _value, _section, _own_words, _class_option, _short_task, _no_class, _settings,
-    _choice, _schedule, _class, _type, _union, _file,
+    _missing, _yaml, _command, _option, _value, _section, _own_words, _class_option, _short_task, _settings, _choice,
+    _schedule, _no_class, _class, _type, _union, _file,
 )  # fmt: skip
 """What is tried on a message, in order; the first rule that has a sentence wins."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse._typehints import ActionTypeHint
 
-from lit_rlvr.cli_names import HIDDEN
+from lit_rlvr.cli_classes import HIDDEN
 
 TEXTS = {
     "config": "Configuration file; several are layered, and options on the command line come last.",

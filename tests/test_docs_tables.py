@@ -22,7 +22,7 @@ from rollouts import build_rollout, full_credit
 from lit_rlvr import Evaluation, RLVRModule
 from lit_rlvr.checks import check_algorithm, check_chain
 from lit_rlvr.cli import every_option
-from lit_rlvr.cli_names import NAMEABLE
+from lit_rlvr.cli_classes import NAMEABLE
 from lit_rlvr.credit import CreditCallback
 from lit_rlvr.critic import Critic
 from lit_rlvr.engines import VLLMServerEngine

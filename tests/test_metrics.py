@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lit_rlvr.engines import Generation, Sampling
 from lit_rlvr.evaluate import Evaluator
 from lit_rlvr.metrics import EvaluationMetrics, maj_at_n, pass_at_k
+from lit_rlvr.reduce import LocalReduce
 from lit_rlvr.settings import Evaluation
 from lit_rlvr.tasks import Prompt, Score
 from lit_rlvr.types import EncodedPrompt
@@ -138,7 +139,7 @@ def test_an_evaluation_is_as_long_as_training_unless_it_says_otherwise() -> None
         engine=SimpleNamespace(generate=generate, sync=lambda *_: None),
         trainer=SimpleNamespace(global_step=0),
         ahead=None,
-        reduce=None,
+        reduce=LocalReduce(),
         sampling=Sampling(max_new_tokens=7),
         policy=None,
         tokenizer=None,

@@ -153,7 +153,7 @@ def test_a_page_without_entropy_is_white(phase: Phase) -> None:
 
 def run(callback: RolloutPages, phase: Phase, folder: Path, minibatch: int = 0, first: bool = True) -> None:
     """End a batch as the Trainer does."""
-    trainer: Any = SimpleNamespace(is_global_zero=first, default_root_dir=str(folder), loggers=[])
+    trainer: Any = SimpleNamespace(is_global_zero=first, default_root_dir=str(folder), loggers=[], global_step=1)
     module: Any = SimpleNamespace(phase=phase, tokenizer=Words())
     callback.on_train_batch_end(trainer, module, None, Ticket(phase.number, minibatch), 0)
 

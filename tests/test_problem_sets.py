@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lit_rlvr.data import first_of_each
 from lit_rlvr.engines import Generation, Sampling
 from lit_rlvr.evaluate import Evaluator
+from lit_rlvr.reduce import LocalReduce
 from lit_rlvr.rewards import ExactMatch
 from lit_rlvr.settings import Evaluation
 from lit_rlvr.tasks import ProblemFiles, ProblemSet, Prompt, Score
@@ -145,7 +146,7 @@ def test_each_set_is_reported_and_their_mean_weighs_sets_alike() -> None:
         type("Encoded", (), {"prompt": Prompt(i, "?", benchmark=n), "tokens": (1,)}) for i, n in enumerate(names)
     ]
     data = type("Data", (), {"verifier": fixed})
-    facts = {"engine": fixed, "policy": None, "tokenizer": fixed, "seed": 0, "data": data, "reduce": None}
+    facts = {"engine": fixed, "policy": None, "tokenizer": fixed, "seed": 0, "data": data, "reduce": LocalReduce()}
     facts |= {"sampling": Sampling(), "ahead": None}
     module: Any = type("Module", (), {**facts, "trainer": type("Trainer", (), {"global_step": 0})})
     evaluator = Evaluator({"way": Evaluation(samples=2)})

@@ -25,8 +25,9 @@ def resolve_task(task: Task | str) -> Task:
     if name == "reasoning_gym" and rest:
         return ReasoningGym(rest)
     known = ["last_digit_arithmetic", "reasoning_gym:NAME", "LastDigitArithmetic", "ReasoningGym"]
+    alike = [word for word in known if ("_" in word) == ("_" in task)]
     hint = (
-        did_you_mean(task, known)
+        did_you_mean(task, alike)
         or f"; known are {', '.join(known[:2])}, or a class_path; ProblemFiles reads files and the hub"
     )
     raise ValueError(f"there is no task {task!r}{hint}")
