@@ -227,7 +227,7 @@ def nccl_version() -> list[int] | None:
         return None
     from torch.cuda import nccl
 
-    return list(nccl.version())
+    return [int(number) for number in nccl.version()[:3]]
 
 
 def own_address(other: str) -> str:
