@@ -45,6 +45,7 @@ def memory_of(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, Any]
         critic=facts.critic,
         adapters=None if module.lora is None else adapter_parameters(facts.config, module.lora),
         packed=packs(module, asked),
+        refilled=own > most,
     )
 
 

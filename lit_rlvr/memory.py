@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lit_rlvr.activations import Counted, Pass
+from lit_rlvr.engines.slots import SPARE, widest
 from lit_rlvr.head import CHUNK_ROWS
 from lit_rlvr.policy import DTYPES
 
@@ -143,6 +144,7 @@ def estimate(
     critic: Any = None,
     adapters: int | None = None,
     packed: bool = False,
+    refilled: bool = False,
 ) -> Memory:
     """Estimate the memory of one device.
 
@@ -160,6 +162,7 @@ def estimate(
         adapters: Parameters of adapters that are trained instead of the weights; what they add to the activations is
             not counted. Null: the weights are trained.
         packed: Whether rollouts are decoded with packed copies of the weights.
+        refilled: Whether waiting responses take the place of finished ones, which takes longer storage.
     """
     forward = Pass(micro_rows, width, numbers.compute_dtype, numbers.autocast, gradient_checkpointing)
     policy = forward.count(config)
@@ -174,7 +177,8 @@ def estimate(
         **(dict.fromkeys(kept, 0) if numbers.offload else kept),
         activations=policy.activations,
         head=_head(config, numbers, min(head_rows, micro_rows * width), adapters is None),
-        cache=_cache(config, numbers, rollout_rows, width) + packed * policy.parameters * numbers.size,
+        cache=_cache(config, numbers, rollout_rows, widest(width, SPARE) if refilled else width)
+        + packed * policy.parameters * numbers.size,
         gathered=policy.parameters * numbers.sample_size if sharded and rollout_rows else 0,
         critic_step=(0 if numbers.offload else of_critic) + (0 if value is None else value.activations),
         # FSDP2 adds them up in the dtype that it reduces in.

@@ -203,6 +203,9 @@ def test_narrow_weights_narrow_what_is_computed() -> None:
     assert memory.weights == 2 * narrow.weights
     for part in ("activations", "head", "cache", "gathered", "gathered_parts"):
         assert getattr(memory, part) == getattr(narrow, part)
+    token = 2 * 28 * 8 * 128 * 2
+    refilled = estimate(config, Numbers("bfloat16"), **sizes, refilled=True)
+    assert refilled.cache - narrow.cache == 3 * token * (80 - 16)  # 64 to spare
     first = estimate(config, Numbers("float32", "bfloat16", share=0.5), **sizes)  # PyTorch's first FSDP
     assert first.gathered == 2 * memory.gathered
     assert first.activations == memory.activations
