@@ -171,14 +171,14 @@ def estimate(
     of_critic = kept.pop("critic_gradients")
     learners = [policy] if value is None else [policy, value]
     trained = sum(c.parameters for c in learners) + (0 if adapters is None else adapters - policy.parameters)
+    columns = widest(width, SPARE) if refilled else width
     narrow, sharded = numbers.compute_dtype.itemsize, numbers.share < 1
     parts = [c.outside * narrow + GATHERED_LAYERS * c.layer * (narrow + numbers.wide) for c in learners]
     return Memory(
         **(dict.fromkeys(kept, 0) if numbers.offload else kept),
         activations=policy.activations,
         head=_head(config, numbers, min(head_rows, micro_rows * width), adapters is None),
-        cache=_cache(config, numbers, rollout_rows, widest(width, SPARE) if refilled else width)
-        + packed * policy.parameters * numbers.size,
+        cache=_cache(config, numbers, rollout_rows, columns) + packed * policy.parameters * numbers.size,
         gathered=policy.parameters * numbers.sample_size if sharded and rollout_rows else 0,
         critic_step=(0 if numbers.offload else of_critic) + (0 if value is None else value.activations),
         # FSDP2 adds them up in the dtype that it reduces in.
