@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -29,6 +30,18 @@ def alone() -> Iterator[None]:
     """What a test's commands and loggers leave behind in the process ends with it."""
     with untouched_process():
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rendezvous() -> Iterator[None]:
+    """Where a Trainer has its processes meet is not passed on to the programs that tests of other files start."""
+    before = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="module")
