@@ -1,4 +1,4 @@
-"""What has to go through the layers: expected numbers, in closed form, where the tokens that learn are drawn by lot.
+"""What has to go through the layers: expected numbers, in closed form, where the tokens that learn are drawn at random.
 
 Exactly ceil(rho n) of a step's n response tokens learn. Attention looks back only, so that nothing that stands behind
 the state which predicts a response's last chosen token is needed; see ``lit_rlvr.microbatch.enters``.

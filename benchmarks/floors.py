@@ -53,7 +53,7 @@ def floors(settings: Settings, ceilings: Ceilings, counted: Counted) -> list[Flo
     that it must move, and decoding on a GPU those that it must read, where they take longer than its products.
 
     Args:
-        settings: Model, work and share of tokens that learn, drawn by lot.
+        settings: Model, work and share of tokens that learn, drawn at random.
         ceilings: Of the machine.
         counted: What of training counts.
     """

@@ -29,14 +29,14 @@ class Sampler:
     Args:
         words: What it is.
         most: Responses at a time on one device; null: as many as fit.
-        split: Whether several devices can share one copy of the weights.
+        each: Devices that share one copy of the weights; null: the fewest that have room for it.
         captured: Whether decoding steps are captured, so that launching kernels costs nothing.
         beside: Bytes on each device that the engine has to leave alone.
     """
 
     words: str = "a serving engine on the same devices"
     most: int | None = None
-    split: bool = True
+    each: int | None = None
     captured: bool = True
     beside: int = 0
 
@@ -146,17 +146,18 @@ def rollout(work: Work, machines: Machines, sampler: Sampler = Sampler()) -> Sta
         ValueError: When a response does not fit.
     """
     device, whole, row = machines.device, work.parameters * work.size, work.cached * (work.prompt + work.response)
-    widths = [n for n in range(1, machines.each + 1) if machines.each % n == 0] if sampler.split else [1]
+    possible = [n for n in range(1, machines.each + 1) if machines.each % n == 0]
+    widths = possible if sampler.each is None else [sampler.each]
     for width in widths:
         room = width * (device.memory - sampler.beside)
         free = USED["cache"] * (room - whole)
-        if free >= row and (room >= 2 * whole or not sampler.split):
+        if free >= row and (room >= 2 * whole or sampler.each is not None):
             break
     else:
         raise ValueError(
             f"{widths[-1]} x {machines.kind} hold the weights ({whole / 1e9:.0f} GB), a response ({row / 1e9:.0f} GB) "
             f"and what training keeps ({widths[-1] * sampler.beside / 1e9:.0f} GB) with nothing to spare; use "
-            + ("a larger node" if sampler.split else "an engine that spreads the weights over devices")
+            + ("a larger node" if sampler.each is None else "an engine that spreads the weights over more devices")
         )
     per_replica = -(-work.rows * width // machines.devices)
     together = min(per_replica, int(free // row), sampler.most or per_replica)
@@ -244,7 +245,7 @@ def assumptions(work: Work, machines: Machines, sampler: Sampler = Sampler()) ->
         f"{d.memory / 1e9:.0f} GB of memory, {d.link / 1e9:.0f} GB/s within a node, {d.network / 1e9:.0f} GB/s between",
         f"reached: {shares}{launched}; assumed, not measured",
         f"every response takes {work.response} tokens, the limit; shorter ones take less, uneven ones idle",
-        f"rollouts by {sampler.words}, which reads each prompt once for all of its responses",
+        f"rollouts by {sampler.words}; each prompt is read once for all of its responses",
         "one round of sampling; rollouts, scoring and training one after the other; the verifier takes no time",
         "every response token goes through the head, chosen or not; moving weights overlaps with multiplications",
     ]

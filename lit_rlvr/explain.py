@@ -243,11 +243,11 @@ def sampler_of(module: Any, cluster: Cluster, memory: Memory) -> Sampler:
     kept, engine = memory.weights + memory.reference + memory.optimizer + memory.critic, module.engine
     if isinstance(engine, InProcessEngine):
         captured = engine.graphs is not False and not (cluster.sharded and cluster.devices > 1)
-        return Sampler("the policy itself, in every process", engine.max_rows, False, captured, kept)
+        return Sampler("the policy itself, in every process", engine.max_rows, 1, captured, kept)
     if isinstance(engine, VLLMInProcessEngine):
-        return Sampler("a vLLM in every process", None, False, True, kept)
+        return Sampler("a vLLM in every process", None, 1, True, kept)
     if isinstance(engine, VLLMColocatedEngine):
-        return Sampler("vLLM servers on the same devices", None, True, True, kept)
+        return Sampler("vLLM servers on the same devices", None, engine.devices_per_server, True, kept)
     return Sampler("vLLM servers, as if on the same devices")
 
 

@@ -130,11 +130,12 @@ def test_an_engine_decodes_in_its_own_way() -> None:
 
 @pytest.mark.usefixtures("plain")
 def test_an_engine_in_process_has_one_device_for_each_copy() -> None:
-    with pytest.raises(ValueError, match="use an engine that spreads the weights over devices"):
-        rollout(replace(WORK, parameters=20 * 10**9), MANY, Sampler(split=False))
+    with pytest.raises(ValueError, match="use an engine that spreads the weights over more devices"):
+        rollout(replace(WORK, parameters=20 * 10**9), MANY, Sampler(each=1))
     tight = replace(WORK, parameters=3 * 10**9)
     assert rollout(tight, MANY).how.startswith("replicas of 2 device(s)")
-    assert rollout(tight, MANY, Sampler(split=False)).how.startswith("replicas of 1 device(s)")
+    assert rollout(tight, MANY, Sampler(each=1)).how.startswith("replicas of 1 device(s)")
+    assert rollout(tight, MANY, Sampler(each=4)).how.startswith("replicas of 4 device(s)")
 
 
 @pytest.mark.usefixtures("plain")
