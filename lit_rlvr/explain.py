@@ -155,7 +155,9 @@ def device_lines(module: Any, cluster: Cluster, facts: Facts, asked: dict[str, A
     elif cluster.sharded and cluster.devices > 1:
         lines.append("gradients are averaged over the devices and spread after each of them")
     if isinstance(module.engine, VLLMColocatedEngine | VLLMInProcessEngine):
-        lines.append("each has a vLLM too, whose memory is not counted below")
+        shared = getattr(module.engine, "devices_per_server", 1)
+        who = "each has a vLLM too" if shared == 1 else f"every {shared} have a vLLM too"
+        lines.append(f"{who}, whose memory is not counted below")
     return lines
 
 
