@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -268,6 +269,9 @@ def test_a_run_that_stops_gives_up_what_it_asked_for(how: str) -> None:
                 fit(module, 3, Stop(how, asked))
         else:
             fit(module, 3, Stop(how, asked))
+        ended = time.monotonic() + PATIENCE
+        while fake.working and time.monotonic() < ended:  # nobody waits for the servers' last words
+            time.sleep(0.01)
         assert fake.working == 0
     assert in_vain == []
     assert PROMPTS < len(fake.used) < 2 * PROMPTS + 1

@@ -124,6 +124,7 @@ def test_a_file_means_what_it_says(file: Path, tmp_path: Path, explained: list[t
     assert {parameter.dtype for parameter in policy.parameters()} <= {DTYPES[cli.model.dtype_name], torch.float32}
 
 
+@pytest.mark.slow
 @EVERY_FILE
 def test_a_file_makes_a_run(file: Path, tmp_path: Path, started: list[CLI]) -> None:
     """Alone, with the two options that have no default: module, data and trainer are made; no weights are loaded."""

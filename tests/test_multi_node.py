@@ -138,8 +138,8 @@ TOLD = "trap '' USR1; kill -USR1 $PPID"
         ("exit 0", 0, False, ""),
         ("exit 1", 1, False, ""),
         (f"{PHASE}; {STOPPED}; exit 143", 143, True, ""),
-        (f"{PHASE}; {TOLD}; exec sleep 9", 1, True, "goes on from phase_000001.ckpt"),
-        (f"{TOLD}; exec sleep 9", 1, False, "no rollout phase ended in the time of this job"),
+        (f"{PHASE}; {TOLD}; exec sleep 4", 1, True, "goes on from phase_000001.ckpt"),
+        (f"{TOLD}; exec sleep 4", 1, False, "no rollout phase ended in the time of this job"),
     ],
     ids=["finished", "failed", "stopped", "too slow", "far too slow"],
 )

@@ -76,7 +76,9 @@ def explained(file: Path, folder: Path, *more: str) -> str:
     return succeed(folder, "explain", *layers(file, *more), UNTRACKED).out
 
 
-@pytest.mark.parametrize("file", EVERY_RUN, ids=name_of)
+@pytest.mark.parametrize(
+    "file", [*EVERY_RUN[:2], *(pytest.param(file, marks=pytest.mark.slow) for file in FRAGMENTS)], ids=name_of
+)
 def test_every_run_is_explained_without_hub_and_data(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
