@@ -8,7 +8,7 @@ VLLM_STAMP = $(VLLM_ENV)/.installed
 BOTH_STAMP = $(VLLM_ENV)/.with_package
 SEED ?= 0
 
-.PHONY: help setup quickstart test test-vllm check slow seeds bench docs clean
+.PHONY: help setup quickstart test test-vllm check slow long seeds bench docs clean
 
 help:            ## List the targets.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -57,6 +57,9 @@ check: setup     ## Linters, type checkers, import contract, doctests and tests.
 	$(RUN)/pyright --pythonpath $(RUN)/python
 	$(RUN)/lint-imports
 	$(RUN)/python -m pytest
+
+long: setup      ## What takes minutes, apart from vLLM and the seeds of the quickstart.
+	$(RUN)/python -m pytest -m long tests/test_preemption.py tests/test_benchmarks_run.py
 
 seeds: setup     ## The quickstart on seeds 0, 1 and 2, and the bottom-80 % control; about five minutes.
 	$(RUN)/python -m pytest -m long tests/test_quickstart.py

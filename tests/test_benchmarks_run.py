@@ -54,7 +54,7 @@ def test_each_prints_its_lines() -> None:
         assert found[what] is not None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(280)
 def test_memory_is_estimated_within_a_quarter_on_s(tmp_path: Path) -> None:
     """What explain says, against the largest sum of what torch held in two steps of the real loop."""

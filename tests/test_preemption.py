@@ -136,10 +136,11 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the second process in /proc")
-@pytest.mark.parametrize("to", ["all", "second"])
+@pytest.mark.parametrize(
+    "to", [pytest.param("all", marks=pytest.mark.long), pytest.param("second", marks=pytest.mark.slow)]
+)
 def test_two_processes_stop_together(to: str, tmp_path: Path) -> None:
     """Whether all are sent it, as SLURM does, or one of them: the run ends with 75 and goes on bit for bit."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
