@@ -44,7 +44,7 @@ def against_trl(work: str, part: str, size: str, side: str) -> dict[str, Any]:
 
 FLOOR = "products at 60 to 90 GFLOP/s, prompts shared, and 15 % (S: 30 %) for the rest; TRL's share of the time"
 COUNT = "operations"
-PROTOTYPE = "a prototype on another machine"
+ELSEWHERE = "measured on another machine"
 
 PREDICTIONS = (
     Prediction("step on S, TRL / ours", 1.8, FLOOR, "median", against_trl("step", "step", "S", "TRL")),
@@ -55,15 +55,15 @@ PREDICTIONS = (
     Prediction("training on S, TRL / ours", 1.7, FLOOR, "median", against_trl("step", "train", "S", "TRL")),
     Prediction("training on M, TRL / ours", 3.2, FLOOR, "median", against_trl("step", "train", "M", "TRL")),
     Prediction(
-        "head at 49k, full logits / selected", 6.4, PROTOTYPE, "times_faster",
+        "head at 49k, full logits / selected", 6.4, ELSEWHERE, "times_faster",
         {"benchmark": "head", "vocabulary": 49_152, "side": "selected head", "device": "cpu"},
     ),
     Prediction(
-        "head at 152k, full logits / selected", 3.4, PROTOTYPE, "times_faster",
+        "head at 152k, full logits / selected", 3.4, ELSEWHERE, "times_faster",
         {"benchmark": "head", "vocabulary": 151_936, "side": "selected head", "device": "cpu"},
     ),
     Prediction(
-        "extra memory of the selected head at 49k (MiB)", 219, PROTOTYPE, "extra",
+        "extra memory of the selected head at 49k (MiB)", 219, ELSEWHERE, "extra",
         {"benchmark": "head", "vocabulary": 49_152, "side": "selected head", "device": "cpu"},
     ),
     Prediction(
